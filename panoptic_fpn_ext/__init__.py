@@ -1,0 +1,33 @@
+"""Panoptic FPN (Kirillov, Girshick, He, Dollár, CVPR 2019) as a Detectron2 extension.
+
+Importing this package registers its datasets, heads and meta-architectures with Detectron2.
+"""
+
+try:
+    from detectron2.config import CfgNode as _  # an emptied folder imports as `detectron2` too
+except ImportError as error:
+    raise ImportError(
+        f"panoptic_fpn_ext needs a working Detectron2 ({error}): run "
+        "`python tools/install_detectron2.py` from a clone of panoptic_fpn_ext, or build "
+        "Detectron2 from its source."
+    ) from error
+
+from . import data, modeling
+from .config import add_panoptic_fpn_config
+from .data import PanopticFPNMapper, register_panoptic_dataset
+from .errors import UserError
+from .evaluation import PanopticQualityEvaluator, SemSegIoUEvaluator, build_evaluator
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PanopticFPNMapper",
+    "PanopticQualityEvaluator",
+    "SemSegIoUEvaluator",
+    "UserError",
+    "add_panoptic_fpn_config",
+    "build_evaluator",
+    "data",
+    "modeling",
+    "register_panoptic_dataset",
+]

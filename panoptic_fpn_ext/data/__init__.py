@@ -1,0 +1,7 @@
+"""Panoptic datasets: registration, and ground truth of both branches from panoptic PNGs."""
+
+from . import builtin
+from .mapper import PanopticFPNMapper
+from .registration import register_panoptic_dataset
+
+__all__ = ["PanopticFPNMapper", "builtin", "register_panoptic_dataset"]

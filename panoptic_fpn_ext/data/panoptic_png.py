@@ -1,0 +1,93 @@
+"""Panoptic PNGs: 8-bit RGB images that hold a segment id, R + 256 G + 65536 B, in every pixel.
+
+The format is that of COCO panoptic (https://cocodataset.org/#format-data). Id 0 is void.
+"""
+
+import os
+
+import cv2
+import numpy as np
+from detectron2.utils.file_io import PathManager
+
+from ..errors import UserError
+
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_COLOR_TYPES = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}
+_MAX_ID = 2**24 - 1
+
+
+def read_panoptic_png(file_name: str | os.PathLike) -> np.ndarray:
+    """Read the segment ids of a panoptic PNG.
+
+    Args:
+        file_name: the PNG, 8-bit RGB or RGBA (whose alpha, which holds no id, is dropped).
+
+    Returns:
+        int32 array (H, W) of segment ids, 0 for void.
+
+    Raises:
+        UserError: the file is missing or damaged, or is not an 8-bit RGB PNG.
+    """
+    try:
+        with PathManager.open(str(file_name), "rb") as file:
+            content = file.read()
+    except OSError as error:
+        raise UserError(
+            f"{file_name}: cannot read the panoptic PNG: {error.strerror or error}"
+        ) from error
+
+    _check_header(content, file_name)
+    try:
+        bgr = cv2.imdecode(
+            np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+        )
+    except cv2.error:  # what most faults give is None, but an absurd size gives this
+        bgr = None
+    if bgr is None:
+        raise UserError(f"{file_name}: damaged or truncated PNG; fetch or write it again")
+    rgba = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGBA)
+    ids = rgba.view("<i4")[..., 0]
+    ids &= _MAX_ID
+    return ids
+
+
+def write_panoptic_png(file_name: str | os.PathLike, ids: np.ndarray) -> None:
+    """Write segment ids as a panoptic PNG.
+
+    Args:
+        file_name: where to write; its folder exists.
+        ids: integer array (H, W) of segment ids from 0 (void) to 2**24 - 1.
+
+    Raises:
+        ValueError: ``ids`` is not such an array. Nothing is written then.
+    """
+    ids = np.asarray(ids)
+    if ids.ndim != 2 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(
+            f"{file_name}: segment ids must be an integer array (H, W), "
+            f"not {ids.dtype} of shape {ids.shape}"
+        )
+    if ids.min() < 0 or ids.max() > _MAX_ID:
+        raise ValueError(
+            f"{file_name}: segment ids must lie in 0..{_MAX_ID}, not {ids.min()}..{ids.max()}"
+        )
+    rgba = np.ascontiguousarray(ids, dtype="<u4").view(np.uint8).reshape(*ids.shape, 4)
+    _, content = cv2.imencode(".png", cv2.cvtColor(rgba, cv2.COLOR_RGBA2BGR))
+    with PathManager.open(str(file_name), "wb") as file:
+        file.write(content.tobytes())
+
+
+def _check_header(content: bytes, file_name: str | os.PathLike) -> None:
+    """Raise UserError unless ``content`` starts as an 8-bit RGB or RGBA PNG does.
+
+    OpenCV would expand palettes and grey silently, and the ids with them.
+    """
+    if len(content) < 26 or not content.startswith(_SIGNATURE):
+        raise UserError(f"{file_name}: not a PNG; expected an 8-bit RGB panoptic PNG")
+    bit_depth, color_type = content[24], content[25]
+    mode = _COLOR_TYPES.get(color_type, "unknown")
+    if bit_depth != 8 or mode not in ("RGB", "RGBA"):
+        raise UserError(
+            f"{file_name}: {bit_depth}-bit {mode} PNG; expected 8-bit RGB, "
+            "which holds segment ids as R + 256 G + 65536 B"
+        )

@@ -1,0 +1,64 @@
+"""Starting the processes of a run: Detectron2's ``launch``, on machines without a GPU too."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from detectron2.engine import launch as detectron2_launch
+from detectron2.utils import comm
+
+
+def launch(
+    main: Callable[..., Any],
+    num_processes: int,
+    num_machines: int = 1,
+    machine_rank: int = 0,
+    dist_url: str = "auto",
+    args: tuple = (),
+) -> None:
+    """Run ``main(*args)`` in ``num_processes`` processes on this machine.
+
+    With GPUs each process gets one and NCCL connects them; without, gloo does.
+
+    Args:
+        main: what to run; must be importable.
+        num_processes: processes on this machine (``--num-gpus``).
+        num_machines: machines in all; the command is called on each.
+        machine_rank: which of them this is.
+        dist_url: where the processes meet, ``tcp://host:port``.
+        args: arguments of ``main``.
+    """
+    if torch.cuda.is_available() or num_processes * num_machines <= 1:
+        detectron2_launch(main, num_processes, num_machines, machine_rank, dist_url, args)
+        return
+    worker_args = (main, num_processes, num_machines, machine_rank, dist_url, args)
+    mp.spawn(_cpu_worker, worker_args, nprocs=num_processes)
+
+
+def _cpu_worker(
+    local_rank: int,
+    main: Callable[..., Any],
+    num_processes: int,
+    num_machines: int,
+    machine_rank: int,
+    dist_url: str,
+    args: tuple,
+) -> None:
+    # The processes share the cores.
+    torch.set_num_threads(max(1, torch.get_num_threads() // num_processes))
+    dist.init_process_group(
+        "gloo",
+        init_method=dist_url,
+        world_size=num_machines * num_processes,
+        rank=machine_rank * num_processes + local_rank,
+    )
+    for machine in range(num_machines):
+        ranks = range(machine * num_processes, (machine + 1) * num_processes)
+        group = dist.new_group(list(ranks))
+        if machine == machine_rank:
+            comm._LOCAL_PROCESS_GROUP = group
+    comm.synchronize()
+    main(*args)
+    dist.destroy_process_group()

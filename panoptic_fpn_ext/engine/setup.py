@@ -1,0 +1,97 @@
+"""From command line arguments to a config that is known to work, before anything is written."""
+
+import argparse
+import difflib
+import os
+from collections.abc import Iterable
+
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import META_ARCH_REGISTRY
+
+from ..config import add_panoptic_fpn_config, resolve_dataset_keys
+from ..errors import UserError
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """The frozen config of a run.
+
+    Args:
+        args: those of Detectron2's ``default_argument_parser``.
+
+    Raises:
+        UserError: a missing config, dataset or checkpoint, an unknown key, a value of the wrong
+            type.
+    """
+    cfg = get_cfg()
+    add_panoptic_fpn_config(cfg)
+    if not args.config_file:
+        raise UserError("--config-file is needed, for instance configs/quickstart.yaml")
+    if not os.path.isfile(args.config_file):
+        raise UserError(f"--config-file {args.config_file}: no such file")
+    if len(args.opts) % 2:
+        raise UserError(f"options come as pairs KEY VALUE, got: {' '.join(args.opts)}")
+    _merge(cfg, args.config_file, lambda: cfg.merge_from_file(args.config_file))
+    _merge(cfg, "the command line", lambda: cfg.merge_from_list(args.opts))
+
+    if cfg.MODEL.META_ARCHITECTURE not in META_ARCH_REGISTRY:
+        raise UserError(
+            f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r} is not registered"
+            f"{_did_you_mean(cfg.MODEL.META_ARCHITECTURE, [k for k, _ in META_ARCH_REGISTRY])}"
+        )
+    _check_datasets(cfg.DATASETS.TEST, "DATASETS.TEST")
+    if not args.eval_only:
+        _check_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
+    weights = cfg.MODEL.WEIGHTS
+    if weights and "://" not in weights and not os.path.isfile(weights):
+        raise UserError(f"MODEL.WEIGHTS {weights}: no such file")
+    if args.eval_only and not weights and not args.resume:
+        raise UserError("--eval-only needs weights: MODEL.WEIGHTS FILE, or --resume")
+    cfg = resolve_dataset_keys(cfg)
+    cfg.freeze()
+    return cfg
+
+
+def _merge(cfg: CfgNode, source: str, merge) -> None:
+    """Call ``merge``; what it cannot take becomes one line that names ``source``."""
+    try:
+        merge()
+    except (KeyError, AssertionError, ValueError, TypeError, OSError, yaml.YAMLError) as error:
+        message = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
+        hint = ""
+        if "Non-existent" in message:  # yacs: "Non-existent config key: MODEL.WEIGHT"
+            hint = _did_you_mean(message.rpartition(": ")[2], _keys(cfg))
+        raise UserError(f"{source}: {message}{hint}") from error
+
+
+def _check_datasets(names: Iterable[str], key: str) -> None:
+    if not names:
+        raise UserError(f"{key} is empty: name a dataset")
+    for name in names:
+        if name not in DatasetCatalog.list():
+            raise UserError(
+                f"{key}: no dataset {name!r} is registered"
+                f"{_did_you_mean(name, DatasetCatalog.list())}"
+            )
+        metadata = MetadataCatalog.get(name)
+        for attribute in ("image_root", "panoptic_root", "panoptic_json", "json_file"):
+            path = metadata.as_dict().get(attribute)
+            if path and not os.path.exists(path):
+                raise UserError(
+                    f"{key}: dataset {name!r} lacks {path}: see datasets/README.md, and set "
+                    "DETECTRON2_DATASETS if your data is elsewhere"
+                )
+
+
+def _keys(cfg: CfgNode, prefix: str = "") -> list[str]:
+    """All keys of a config, in full: MODEL.WEIGHTS and the like."""
+    keys = []
+    for name, value in cfg.items():
+        keys += _keys(value, f"{prefix}{name}.") if isinstance(value, CfgNode) else [prefix + name]
+    return keys
+
+
+def _did_you_mean(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -1,0 +1,88 @@
+"""Merging instances and semantic classes into one panoptic map (paper, section 4 of Panoptic
+Segmentation, arXiv:1801.00868; reference: panopticapi's combine script and Detectron2's
+``combine_semantic_and_instance_outputs``)."""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from detectron2.structures import Instances
+
+
+def merge_panoptic(
+    instances: Instances,
+    sem_seg: torch.Tensor,
+    *,
+    thing_sem_seg_ids: Collection[int],
+    overlap_threshold: float,
+    stuff_area_limit: int,
+    score_threshold: float,
+) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+    """Instances by descending score, then stuff where nothing is yet.
+
+    Args:
+        instances: ``scores`` (N), ``pred_classes`` (N), ``pred_masks`` (N, H, W) bool.
+        sem_seg: (H, W) int64 semantic classes.
+        thing_sem_seg_ids: semantic classes that never become stuff segments.
+        overlap_threshold: an instance is dropped if more than this share of it is taken already.
+        stuff_area_limit: pixels; smaller stuff regions are left void.
+        score_threshold: instances below are dropped.
+
+    Returns:
+        (H, W) int32 map of segment ids, 0 where void, and ``segments_info``: dicts with ``id``,
+        ``isthing``, ``category_id``, and ``score`` and ``instance_id`` (index into ``instances``)
+        of things, ``area`` of stuff.
+    """
+    panoptic_seg = torch.zeros(sem_seg.shape, dtype=torch.int32, device=sem_seg.device)
+    by_score = torch.argsort(-instances.scores)  # ties fall as in Detectron2
+    by_score = by_score[instances.scores[by_score] >= score_threshold]
+    masks = instances.pred_masks[by_score].bool()
+    areas = masks.flatten(1).sum(dim=1)
+
+    # Each decision stays on the device: nothing waits for it until all are made.
+    next_id = panoptic_seg.new_ones(())
+    accepted = []
+    for mask, area in zip(masks, areas, strict=True):
+        visible = mask & (panoptic_seg == 0)
+        taken = area - visible.sum()
+        accept = (area > 0) & (taken.double() / area <= overlap_threshold)
+        panoptic_seg = torch.where(visible & accept, next_id, panoptic_seg)
+        next_id = next_id + accept.int()
+        accepted.append(accept)
+
+    segments_info: list[dict[str, Any]] = []
+    if accepted:
+        kept = by_score[torch.stack(accepted)]
+        for instance_id, score, category in zip(
+            kept.tolist(),
+            instances.scores[kept].tolist(),
+            instances.pred_classes[kept].tolist(),
+            strict=True,
+        ):
+            segments_info.append(
+                {
+                    "id": len(segments_info) + 1,
+                    "isthing": True,
+                    "score": score,
+                    "category_id": category,
+                    "instance_id": instance_id,
+                }
+            )
+
+    free = panoptic_seg == 0
+    free_areas = torch.bincount(sem_seg[free])
+    segment_of_class = panoptic_seg.new_zeros(free_areas.shape)
+    for category, area in enumerate(free_areas.tolist()):
+        if area == 0 or area < stuff_area_limit or category in thing_sem_seg_ids:
+            continue
+        segments_info.append(
+            {
+                "id": len(segments_info) + 1,
+                "isthing": False,
+                "category_id": category,
+                "area": area,
+            }
+        )
+        segment_of_class[category] = len(segments_info)
+    panoptic_seg[free] = segment_of_class[sem_seg[free]]
+    return panoptic_seg, segments_info

@@ -1,0 +1,104 @@
+"""What several test modules share: small configs and random model inputs."""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.structures import BitMasks, Boxes, Instances
+
+REPOSITORY = Path(__file__).parent.parent
+sys.path.insert(0, str(REPOSITORY / "datasets"))  # for make_shapes
+# The package registers its datasets under this folder when it is imported.
+os.environ["DETECTRON2_DATASETS"] = tempfile.mkdtemp(prefix="panoptic_fpn_ext_tests_")
+
+
+@pytest.fixture(scope="session")
+def shapes() -> Path:
+    """A tiny Shapes, where ``shapes_train`` and ``shapes_val`` expect it; its root."""
+    from make_shapes import make_shapes
+
+    root = Path(os.environ["DETECTRON2_DATASETS"]) / "shapes"
+    make_shapes(root, size=(64, 64), num_images={"train": 12, "val": 6}, seed=0)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _repeatable() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def detectron2_cfg() -> CfgNode:
+    """A small PanopticFPN of Detectron2: 3 things, 4 semantic classes."""
+    cfg = get_cfg()
+    cfg.MODEL.META_ARCHITECTURE = "PanopticFPN"
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.MASK_ON = True
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    cfg.MODEL.RESNETS.DEPTH = 18
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+    cfg.MODEL.RESNETS.NORM = "BN"
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.FPN.OUT_CHANNELS = 32
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[16], [32], [64], [128], [256]]
+    cfg.MODEL.RPN.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
+    cfg.MODEL.RPN.PRE_NMS_TOPK_TRAIN = cfg.MODEL.RPN.PRE_NMS_TOPK_TEST = 100
+    cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 50
+    cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
+    cfg.MODEL.ROI_HEADS.IN_FEATURES = ["p2", "p3", "p4", "p5"]
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
+    cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 32
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    cfg.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
+    cfg.MODEL.ROI_BOX_HEAD.NUM_FC = 1
+    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 64
+    cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = 7
+    cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
+    cfg.MODEL.ROI_MASK_HEAD.NUM_CONV = 1
+    cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 32
+    cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION = 14
+    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 4
+    cfg.MODEL.SEM_SEG_HEAD.CONVS_DIM = 32
+    cfg.MODEL.SEM_SEG_HEAD.LOSS_WEIGHT = 0.5
+    cfg.MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH = 0.3
+    cfg.MODEL.PANOPTIC_FPN.COMBINE.STUFF_AREA_LIMIT = 64
+    cfg.TEST.DETECTIONS_PER_IMAGE = 20
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
+    return cfg
+
+
+@pytest.fixture
+def ext_cfg(detectron2_cfg: CfgNode) -> CfgNode:
+    """The same model of ours; only the two names differ."""
+    cfg = detectron2_cfg.clone()
+    cfg.MODEL.META_ARCHITECTURE = "PanopticFPNExt"
+    cfg.MODEL.SEM_SEG_HEAD.NAME = "SemanticFPNHead"
+    return cfg
+
+
+@pytest.fixture
+def training_batch() -> list[dict]:
+    """Two images of different sizes with instances and semantic ground truth."""
+    batch = []
+    for height, width in ((96, 128), (80, 100)):
+        instances = Instances((height, width))
+        masks = torch.zeros(3, height, width, dtype=torch.bool)
+        boxes = []
+        for k in range(3):
+            x, y, w, h = 10 + 20 * k, 8 + 12 * k, 24 + 6 * k, 20 + 9 * k
+            masks[k, y : y + h, x : x + w] = True
+            boxes.append([x, y, x + w, y + h])
+        instances.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32))
+        instances.gt_classes = torch.tensor([0, 1, 2])
+        instances.gt_masks = BitMasks(masks)
+        sem_seg = torch.randint(0, 4, (height, width))
+        sem_seg[:6] = 255
+        image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+        batch.append({"image": image, "instances": instances, "sem_seg": sem_seg})
+    return batch

@@ -1,0 +1,111 @@
+"""The mapper: records to model inputs."""
+
+import copy
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog
+
+from panoptic_fpn_ext import PanopticFPNMapper, UserError, add_panoptic_fpn_config
+from panoptic_fpn_ext.data.panoptic_png import read_panoptic_png
+
+
+@pytest.fixture
+def cfg(shapes):
+    cfg = get_cfg()
+    add_panoptic_fpn_config(cfg)
+    cfg.MODEL.MASK_ON = True
+    cfg.INPUT.MASK_FORMAT = "bitmask"
+    cfg.INPUT.MIN_SIZE_TRAIN = (96,)
+    cfg.INPUT.RANDOM_FLIP = "none"
+    cfg.DATASETS.TRAIN = ("shapes_train",)
+    return cfg
+
+
+@pytest.fixture
+def record(shapes):
+    """One with things and crowds, if there is one."""
+    return max(DatasetCatalog.get("shapes_train"), key=lambda r: len(r["segments_info"]))
+
+
+def test_training_inputs(cfg, record):
+    before = copy.deepcopy(record)
+    mapped = PanopticFPNMapper(cfg, is_train=True)(record)
+    assert record == before
+    assert mapped["image"].shape == (3, 96, 96)
+    assert mapped["image"].dtype == torch.uint8
+    assert mapped["sem_seg"].shape == (96, 96)
+    assert mapped["sem_seg"].dtype == torch.int64
+    instances = mapped["instances"]
+    assert instances.image_size == (96, 96)
+    assert len(instances) == sum(
+        s["isthing"] and not s["iscrowd"] for s in record["segments_info"]
+    )
+    # Things are class 0 of the semantic map, wherever an instance is.
+    covered = instances.gt_masks.tensor.any(dim=0)
+    assert (mapped["sem_seg"][covered] == 0).float().mean() > 0.95
+
+
+def test_instances_from_the_panoptic_png_equal_those_of_the_instances_json(cfg, record):
+    mapper = PanopticFPNMapper(cfg, is_train=True)
+    from_json = mapper(record)["instances"]
+    without = {k: v for k, v in record.items() if k != "annotations"}
+    from_png = mapper(without)["instances"]
+    assert sorted(from_png.gt_classes.tolist()) == sorted(from_json.gt_classes.tolist())
+    for box, category in zip(from_json.gt_boxes.tensor, from_json.gt_classes, strict=True):
+        same = from_png.gt_boxes.tensor[from_png.gt_classes == category]
+        assert (same - box).abs().amax(dim=1).min() <= 2
+
+
+def test_an_image_without_things(cfg, record):
+    record = {k: v for k, v in record.items() if k != "annotations"}
+    ids = read_panoptic_png(record["pan_seg_file_name"])
+    record["segments_info"] = [
+        {"id": int(i), "category_id": 1, "isthing": False, "iscrowd": 0}
+        for i in np.unique(ids)
+        if i
+    ]
+    mapped = PanopticFPNMapper(cfg, is_train=True)(record)
+    assert len(mapped["instances"]) == 0
+
+
+def test_inference_inputs_keep_what_evaluators_need(cfg, record):
+    mapped = PanopticFPNMapper(cfg, is_train=False)(record)
+    assert "sem_seg" not in mapped and "instances" not in mapped and "annotations" not in mapped
+    assert mapped["segments_info"] == record["segments_info"]
+    assert mapped["pan_seg_file_name"] == record["pan_seg_file_name"]
+    assert (mapped["height"], mapped["width"]) == (record["height"], record["width"])
+
+
+def test_records_without_a_panoptic_png_are_mapped_as_detectron2_does(cfg, record, tmp_path):
+    sem_seg = tmp_path / "sem_seg.png"
+    cv2.imwrite(str(sem_seg), np.full((record["height"], record["width"]), 3, np.uint8))
+    record = {k: v for k, v in record.items() if k not in ("pan_seg_file_name", "segments_info")}
+    mapped = PanopticFPNMapper(cfg, is_train=True)({**record, "sem_seg_file_name": str(sem_seg)})
+    assert mapped["sem_seg"].unique().tolist() == [3]
+    assert len(mapped["instances"]) > 0
+
+
+def test_faulty_files_are_errors_that_name_the_file(cfg, record, tmp_path):
+    mapper = PanopticFPNMapper(cfg, is_train=True)
+    with pytest.raises(UserError, match=r"missing\.png"):
+        mapper({**record, "file_name": str(tmp_path / "missing.png")})
+    small = tmp_path / "small.png"
+    cv2.imwrite(str(small), np.zeros((8, 9, 3), np.uint8))
+    with pytest.raises(UserError, match=r"small\.png.*9x8"):
+        mapper({**record, "pan_seg_file_name": str(small)})
+    with pytest.raises(UserError, match=r"small\.png"):
+        mapper({**record, "file_name": str(small)})
+
+
+def test_shapes_metadata_follows_its_json(shapes):
+    categories = json.loads((shapes / "annotations" / "panoptic_val.json").read_text())["categories"]
+    from detectron2.data import MetadataCatalog
+
+    metadata = MetadataCatalog.get("shapes_val")
+    assert len(metadata.thing_classes) == sum(c["isthing"] for c in categories)
+    assert len(metadata.stuff_classes) == sum(not c["isthing"] for c in categories) + 1

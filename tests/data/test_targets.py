@@ -1,0 +1,115 @@
+"""Targets of both branches against naive loops."""
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import transforms as T
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from panoptic_fpn_ext import UserError
+from panoptic_fpn_ext.data.targets import (
+    index_segments,
+    instances_from_index,
+    sem_seg_from_panoptic,
+    transform_index,
+)
+
+THING_SEM_SEG_IDS = (0, 0, 0)
+FULL_THING_SEM_SEG_IDS = (3, 4, 5)
+
+
+def random_panoptic(seed: int) -> tuple[np.ndarray, list[dict]]:
+    """A map of up to 12 segments in blocks, with void, crowds and ids up to 2^24."""
+    rng = np.random.default_rng(seed)
+    ids = rng.choice(2**24 - 1, size=rng.integers(1, 12), replace=False) + 1
+    segments_info = [
+        {
+            "id": int(i),
+            "isthing": bool(isthing := rng.random() < 0.6),
+            "category_id": int(rng.integers(0, 3)),
+            "iscrowd": int(isthing and rng.random() < 0.3),
+        }
+        for i in ids
+    ]
+    blocks = rng.choice(np.append(ids, 0), size=(6, 8))
+    return blocks.repeat(3, axis=0).repeat(2, axis=1).astype(np.int32), segments_info
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from([THING_SEM_SEG_IDS, FULL_THING_SEM_SEG_IDS]))
+def test_sem_seg_equals_a_loop(seed, thing_sem_seg_ids):
+    ids, segments_info = random_panoptic(seed)
+    expected = np.full(ids.shape, 255)
+    for y in range(ids.shape[0]):
+        for x in range(ids.shape[1]):
+            for info in segments_info:
+                if ids[y, x] == info["id"]:
+                    category = info["category_id"]
+                    expected[y, x] = thing_sem_seg_ids[category] if info["isthing"] else category
+    sem_seg = sem_seg_from_panoptic(
+        ids, segments_info, thing_sem_seg_ids=thing_sem_seg_ids, ignore_label=255
+    )
+    assert sem_seg.dtype == np.uint8
+    np.testing.assert_array_equal(sem_seg, expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31))
+def test_instances_equal_a_loop(seed):
+    ids, segments_info = random_panoptic(seed)
+    expected = []
+    for info in segments_info:
+        mask = ids == info["id"]
+        if info["isthing"] and not info["iscrowd"] and mask.any():
+            ys, xs = np.nonzero(mask)
+            box = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+            expected.append((info["category_id"], box, mask))
+    instances = instances_from_index(index_segments(ids, segments_info, source=""), segments_info)
+    assert len(instances) == len(expected)
+    assert instances.gt_boxes.tensor.shape == (len(expected), 4)
+    for k, (category, box, mask) in enumerate(expected):
+        assert instances.gt_classes[k] == category
+        assert instances.gt_boxes.tensor[k].tolist() == box
+        assert torch.equal(instances.gt_masks.tensor[k], torch.from_numpy(mask))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31), st.booleans(), st.integers(10, 40), st.integers(10, 40))
+def test_transforms_act_as_on_a_semantic_map(seed, flip, height, width):
+    """Flip, resize and crop: the same pixels as Detectron2 picks for a semantic map."""
+    ids, segments_info = random_panoptic(seed)
+    h, w = ids.shape
+    transforms = T.TransformList(
+        [T.ResizeTransform(h, w, height, width), T.CropTransform(2, 3, width - 4, height - 5)]
+        + ([T.HFlipTransform(width - 4)] if flip else [])
+    )
+    arguments = {"thing_sem_seg_ids": THING_SEM_SEG_IDS, "ignore_label": 255}
+    sem_seg = sem_seg_from_panoptic(ids, segments_info, **arguments)
+    expected = transforms.apply_segmentation(sem_seg)
+
+    index = transform_index(index_segments(ids, segments_info, source=""), transforms)
+    ids_after = np.array([0] + [s["id"] for s in segments_info])[index]
+    actual = sem_seg_from_panoptic(ids_after, segments_info, **arguments)
+    np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("padding", [0, 255])
+def test_padding_is_void(padding):
+    index = np.ones((4, 4), dtype=np.uint8)
+    transforms = T.TransformList([T.PadTransform(2, 2, 2, 2, pad_value=padding)])
+    padded = transform_index(index, transforms)
+    assert padded.sum() == 16
+    assert padded[0, 0] == 0
+
+
+def test_an_id_without_a_segment_is_an_error_that_names_file_and_id():
+    with pytest.raises(UserError, match=r"a\.png: segment id 7 is not in segments_info"):
+        index_segments(np.full((2, 2), 7), [{"id": 8}], source="a.png")
+
+
+def test_no_instances_have_the_shapes_detectron2_wants():
+    instances = instances_from_index(np.zeros((5, 6), dtype=np.uint8), [])
+    assert instances.gt_boxes.tensor.shape == (0, 4)
+    assert instances.gt_masks.tensor.shape == (0, 5, 6)
+    assert instances.gt_classes.dtype == torch.int64

@@ -1,0 +1,81 @@
+"""What is wrong on the command line is said in one line, before anything is written."""
+
+import argparse
+
+import pytest
+
+from panoptic_fpn_ext import UserError
+from panoptic_fpn_ext.engine import setup
+
+CONFIG = "configs/quickstart.yaml"
+
+
+def arguments(config_file=CONFIG, *opts, eval_only=False):
+    return argparse.Namespace(
+        config_file=config_file, opts=list(opts), eval_only=eval_only, resume=False
+    )
+
+
+@pytest.fixture(autouse=True)
+def _in_repository(monkeypatch, request):
+    monkeypatch.chdir(request.config.rootpath)
+
+
+def test_classes_come_from_the_dataset(shapes):
+    cfg = setup(arguments())
+    assert (cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES) == (5, 6)
+    assert cfg.MODEL.PANOPTIC_FPN.THING_SEM_SEG_IDS == [0]
+    assert cfg.is_frozen()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (arguments("nowhere.yaml"), "--config-file nowhere.yaml: no such file"),
+        (arguments(""), "--config-file is needed"),
+        (arguments(CONFIG, "MODEL.WEIGHT", "x"), "did you mean MODEL.WEIGHTS?"),
+        (arguments(CONFIG, "SOLVER.MAX_ITER"), "pairs KEY VALUE"),
+        (arguments(CONFIG, "SOLVER.MAX_ITER", "many"), "SOLVER.MAX_ITER"),
+        (arguments(CONFIG, "MODEL.META_ARCHITECTURE", "PanopticFpnExt"), "mean PanopticFPNExt?"),
+        (arguments(CONFIG, "DATASETS.TRAIN", "()"), "DATASETS.TRAIN is empty"),
+        (arguments(CONFIG, "DATASETS.TEST", "('shape_val',)"), "did you mean shapes_val?"),
+        (arguments(eval_only=True), "--eval-only needs weights"),
+        (
+            arguments(CONFIG, "MODEL.WEIGHTS", "nowhere.pth", eval_only=True),
+            "MODEL.WEIGHTS nowhere.pth: no such file",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(shapes, args, message):
+    with pytest.raises(UserError) as error:
+        setup(args)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("MODEL: [", "while parsing"),
+        ("MODEL:\n  WEIGHTZ: x\n", "Non-existent config key: MODEL.WEIGHTZ; did you mean"),
+        ("_BASE_: missing.yaml\n", "missing.yaml"),
+        ("SOLVER:\n  MAX_ITER: soon\n", "MAX_ITER"),
+    ],
+)
+def test_faulty_config_files_are_one_line_that_names_them(tmp_path, content, message):
+    path = tmp_path / "faulty.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError) as error:
+        setup(arguments(str(path)))
+    assert message in str(error.value)
+    assert "faulty.yaml" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_dataset_that_is_not_there_names_what_is_missing(monkeypatch, tmp_path):
+    from detectron2.data import MetadataCatalog
+
+    missing = tmp_path / "panoptic.json"
+    monkeypatch.setitem(MetadataCatalog.get("shapes_val").__dict__, "panoptic_json", str(missing))
+    with pytest.raises(UserError, match=r"shapes_val.*panoptic\.json.*datasets/README\.md"):
+        setup(arguments())

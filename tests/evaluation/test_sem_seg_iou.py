@@ -1,0 +1,281 @@
+"""Semantic metrics against Detectron2's SemSegEvaluator and cityscapesscripts."""
+
+import logging
+import math
+import pickle
+import tempfile
+import uuid
+from pathlib import Path
+
+import cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling as cityscapes
+import numpy as np
+import pytest
+import torch
+from cityscapesscripts.helpers.labels import trainId2label
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import SemSegEvaluator
+from detectron2.utils import comm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from PIL import Image
+
+from panoptic_fpn_ext.data.panoptic_png import write_panoptic_png
+from panoptic_fpn_ext.errors import UserError
+from panoptic_fpn_ext.evaluation.sem_seg_iou import SemSegIoUEvaluator
+
+CLASSES = ["things", "sky", "sea", "sand"]
+DATASET = dict(stuff_classes=CLASSES, thing_sem_seg_ids=(0, 0))
+
+
+def logits_of(pred: np.ndarray, num_classes: int = len(CLASSES)) -> torch.Tensor:
+    """Logits (C, H, W) whose maximum is at ``pred``."""
+    logits = torch.rand(num_classes, *pred.shape)
+    return logits.scatter_(0, torch.from_numpy(pred)[None].long(), 2.0)
+
+
+def write_labels(file_name: Path, labels: np.ndarray) -> dict:
+    """Write an 8-bit grey PNG of labels; returns its dataset dict."""
+    Image.fromarray(labels.astype(np.uint8)).save(file_name)
+    return {"file_name": file_name.stem + ".jpg", "sem_seg_file_name": str(file_name)}
+
+
+def evaluate(records: list[dict], logits: list[torch.Tensor], **kwargs) -> dict[str, float]:
+    evaluator = SemSegIoUEvaluator(**{**DATASET, **kwargs})
+    evaluator.reset()
+    evaluator.process(records, [{"sem_seg": x} for x in logits])
+    return evaluator.evaluate()["sem_seg"]
+
+
+def detectron2_results(records: list[dict], logits: list[torch.Tensor]) -> dict[str, float]:
+    name = f"sem_seg_iou_test_{uuid.uuid4()}"
+    DatasetCatalog.register(name, lambda: records)
+    MetadataCatalog.get(name).set(stuff_classes=CLASSES, ignore_label=255)
+    try:
+        evaluator = SemSegEvaluator(name, distributed=False)
+        evaluator.reset()
+        evaluator.process(records, [{"sem_seg": x} for x in logits])
+        with np.errstate(invalid="ignore"):
+            return evaluator.evaluate()["sem_seg"]
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@st.composite
+def label_maps(draw) -> tuple[np.ndarray, np.ndarray]:
+    """Truth with ignored pixels, and a prediction."""
+    shape = draw(hnp.array_shapes(min_dims=2, max_dims=2, max_side=9))
+    classes = st.integers(0, len(CLASSES) - 1)
+    gt = draw(hnp.arrays(np.int64, shape, elements=st.one_of(classes, st.just(255))))
+    pred = draw(hnp.arrays(np.int64, shape, elements=classes))
+    return gt, np.where(draw(hnp.arrays(bool, shape)) & (gt != 255), gt, pred)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases=st.lists(label_maps(), min_size=1, max_size=3))
+def test_equals_detectron2(cases):
+    logits = [logits_of(pred) for _, pred in cases]
+    with tempfile.TemporaryDirectory() as folder:
+        records = [write_labels(Path(folder) / f"{i}.png", gt) for i, (gt, _) in enumerate(cases)]
+        results = evaluate(records, logits)
+        expected = detectron2_results(records, logits)
+    keys = [key for key in expected if key in results]  # later versions have more
+    assert list(results) == keys
+    evaluated = np.concatenate([gt[gt != 255] for gt, _ in cases])
+    predicted = np.concatenate([pred[gt != 255] for gt, pred in cases])
+    if not len(evaluated):
+        assert all(math.isnan(value) for value in results.values())
+        return
+    if set(predicted) - set(evaluated):
+        keys.remove("mIoU")  # the versions of Detectron2 differ here: see the next test
+    assert {key: results[key] for key in keys} == pytest.approx(
+        {key: expected[key] for key in keys}, rel=0, abs=1e-10, nan_ok=True
+    )
+
+
+def test_a_class_that_is_only_predicted_counts_as_zero_in_miou(tmp_path):
+    record = write_labels(tmp_path / "a.png", np.array([[1, 1, 1, 255]]))
+    results = evaluate([record], [logits_of(np.array([[1, 1, 2, 3]]))])
+    assert results["mIoU"] == pytest.approx((100 * 2 / 3 + 0) / 2)  # 3 is only on an ignored pixel
+    assert results["mACC"] == results["pACC"] == results["fwIoU"] == pytest.approx(100 * 2 / 3)
+    assert math.isnan(results["IoU-sea"]) and math.isnan(results["IoU-sand"])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_equals_cityscapesscripts(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    gt = np.kron(rng.choice([*range(19), 255], (6, 8)), np.ones((5, 4), int))
+    pred = np.where((rng.random(gt.shape) < 0.6) & (gt != 255), gt, rng.integers(0, 19, gt.shape))
+
+    to_id = np.zeros(256, np.uint8)  # id 0 is "unlabeled", which is not evaluated
+    to_id[:19] = [trainId2label[i].id for i in range(19)]
+    Image.fromarray(to_id[gt]).save(tmp_path / "a_gtFine_labelIds.png")
+    Image.fromarray(to_id[pred]).save(tmp_path / "a_pred.png")
+    args = cityscapes.CArgs()
+    args.evalInstLevelScore = args.evalPixelAccuracy = False
+    args.avgClassSize = {}
+    confusion = cityscapes.generateMatrix(args)
+    cityscapes.evaluatePair(
+        str(tmp_path / "a_pred.png"),
+        str(tmp_path / "a_gtFine_labelIds.png"),
+        confusion, {}, {}, args,
+    )  # fmt: skip
+    scores = {
+        trainId2label[i].name: cityscapes.getIouScoreForLabel(trainId2label[i].id, confusion, args)
+        for i in range(19)
+    }
+
+    names = list(scores)
+    results = evaluate(
+        [write_labels(tmp_path / "a.png", gt)],
+        [logits_of(pred, 19)],
+        stuff_classes=names,
+        thing_sem_seg_ids=range(11, 19),
+    )
+    assert results["mIoU"] == pytest.approx(100 * cityscapes.getScoreAverage(scores, args))
+    for i, name in enumerate(names):
+        if (gt == i).any():
+            assert results[f"IoU-{name}"] == pytest.approx(100 * scores[name])
+
+
+def test_ground_truth_from_panoptic_pngs(tmp_path):
+    ids = np.kron(np.array([[0, 70000, 2], [3, 4, 5]]), np.ones((4, 4), int))
+    segments = [
+        {"id": 70000, "category_id": 1, "isthing": True, "iscrowd": 0},
+        {"id": 2, "category_id": 0, "isthing": True, "iscrowd": 1},
+        {"id": 3, "category_id": 2, "isthing": False, "iscrowd": 0},
+        {"id": 4, "category_id": 3, "isthing": False, "iscrowd": 0},
+        {"id": 5, "category_id": 2, "isthing": False, "iscrowd": 0},
+    ]
+    write_panoptic_png(tmp_path / "pan.png", ids)
+    panoptic = {
+        "file_name": "a.jpg",
+        "pan_seg_file_name": str(tmp_path / "pan.png"),
+        "segments_info": segments,
+    }
+    pred = np.random.default_rng(0).integers(0, 4, ids.shape)
+    for thing_sem_seg_ids in ((0, 0), (0, 1)):  # separated, full
+        sem_seg_of = {
+            0: 255,
+            70000: thing_sem_seg_ids[1],
+            2: thing_sem_seg_ids[0],
+            3: 2,
+            4: 3,
+            5: 2,
+        }
+        labels = np.vectorize(sem_seg_of.get)(ids)
+        expected = evaluate([write_labels(tmp_path / "l.png", labels)], [logits_of(pred)])
+        results = evaluate([panoptic], [logits_of(pred)], thing_sem_seg_ids=thing_sem_seg_ids)
+        assert results == pytest.approx(expected, nan_ok=True)
+    # The panoptic ground truth goes first where a dataset dict has both.
+    both = {**write_labels(tmp_path / "l.png", np.zeros(ids.shape)), **panoptic}
+    assert evaluate([both], [logits_of(pred)], thing_sem_seg_ids=(0, 1)) == pytest.approx(
+        expected, nan_ok=True
+    )
+
+
+def test_another_ignore_label(tmp_path):
+    gt = np.array([[1, 1, 0, 9]])
+    record = write_labels(tmp_path / "a.png", gt)
+    logits = logits_of(np.array([[1, 1, 1, 1]]))
+    assert evaluate([record], [logits], ignore_label=9)["pACC"] == pytest.approx(200 / 3)
+    record = write_labels(tmp_path / "b.png", np.where(gt == 9, 1, gt))
+    assert evaluate([record], [logits], ignore_label=0)["pACC"] == 100
+
+
+def test_processes_change_nothing(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    records, outputs = [], []
+    for i in range(5):
+        gt, pred = rng.integers(0, 4, (2, 11, 13))
+        records.append(write_labels(tmp_path / f"{i}.png", gt))
+        outputs.append({"sem_seg": logits_of(pred)})
+    whole = SemSegIoUEvaluator(**DATASET, distributed=False)
+    whole.process(records, outputs)
+    expected = whole.evaluate()
+
+    first, second = SemSegIoUEvaluator(**DATASET), SemSegIoUEvaluator(**DATASET)
+    first.process(records[3:], outputs[3:])
+    second.process(records[2::-1], outputs[2::-1])
+    sent = []
+    monkeypatch.setattr(comm, "gather", lambda data: sent.append(pickle.dumps(data)) or [])
+    monkeypatch.setattr(comm, "is_main_process", lambda: False)
+    assert second.evaluate() is None
+    monkeypatch.setattr(comm, "gather", lambda data: [data, pickle.loads(sent[0])])
+    monkeypatch.setattr(comm, "is_main_process", lambda: True)
+    assert first.evaluate() == expected
+
+
+def test_reset_forgets(tmp_path):
+    record = write_labels(tmp_path / "a.png", np.array([[1, 1]]))
+    evaluator = SemSegIoUEvaluator(**DATASET)
+    for pred, expected in (([[2, 2]], 0), ([[1, 1]], 100)):
+        evaluator.reset()
+        evaluator.process([record], [{"sem_seg": logits_of(np.array(pred))}])
+        assert evaluator.evaluate()["sem_seg"]["mIoU"] == expected
+
+
+def test_nothing_to_evaluate_is_nan_with_a_warning(caplog):
+    with caplog.at_level(logging.WARNING):
+        results = evaluate([], [])
+    assert all(math.isnan(value) for value in results.values())
+    assert "no labelled pixels" in caplog.text
+
+
+def test_the_log_has_both_tables(tmp_path, caplog):
+    record = write_labels(tmp_path / "a.png", np.array([[1, 1]]))
+    with caplog.at_level(logging.INFO):
+        evaluate([record], [logits_of(np.array([[1, 1]]))])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in caplog.text.splitlines()]
+    assert ["mIoU", "fwIoU", "mACC", "pACC"] in rows
+    assert ["sky", "100.000", "100.000"] in rows
+
+
+def test_from_dataset(tmp_path):
+    name = "sem_seg_iou_test"
+    MetadataCatalog.get(name).set(
+        stuff_classes=["a", "b"], thing_sem_seg_ids=(1,), ignore_label=7
+    )  # fmt: skip
+    try:
+        evaluator = SemSegIoUEvaluator.from_dataset(name)
+    finally:
+        MetadataCatalog.remove(name)
+    record = write_labels(tmp_path / "a.png", np.array([[0, 1, 7]]))
+    evaluator.process([record], [{"sem_seg": logits_of(np.array([[0, 1, 1]]), 2)}])
+    results = evaluator.evaluate()["sem_seg"]
+    assert results["IoU-a"] == results["IoU-b"] == 100
+
+
+@pytest.mark.parametrize(
+    "labels, output, message",
+    [
+        ([[0, 1]], {"sem_seg": torch.zeros(4, 1, 3)}, r"a\.jpg is 1 x 3.*a\.png is 1 x 2"),
+        ([[0, 1]], {"sem_seg": torch.zeros(5, 1, 2)}, r"a\.jpg has 5 .* has 4; set MODEL\.SEM_SEG"),
+        ([[0, 1]], {"instances": None}, r"a\.jpg has no sem_seg, only \['instances'\]"),
+        ([[0, 4]], {"sem_seg": torch.zeros(4, 1, 2)}, r"a\.png: labels \[4\] are neither"),
+    ],
+)
+def test_faults_are_named(tmp_path, labels, output, message):
+    record = write_labels(tmp_path / "a.png", np.array(labels))
+    with pytest.raises(UserError, match=message):
+        SemSegIoUEvaluator(**DATASET).process([record], [output])
+
+
+def test_faulty_ground_truth_files_are_named(tmp_path):
+    Image.new("P", (2, 1)).save(tmp_path / "palette.png")
+    (tmp_path / "text.png").write_text("hello")
+    whole = write_labels(tmp_path / "whole.png", np.random.default_rng(0).integers(0, 4, (50, 50)))
+    content = Path(whole["sem_seg_file_name"]).read_bytes()
+    (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
+    for name, message in {
+        "palette": "mode P; expected 8-bit grey",
+        "text": "cannot read",
+        "cut": "cannot read",
+        "missing": "cannot read",
+    }.items():
+        record = {"file_name": "a.jpg", "sem_seg_file_name": str(tmp_path / f"{name}.png")}
+        with pytest.raises(UserError, match=rf"{name}\.png: .*{message}"):
+            evaluate([record], [torch.zeros(4, 1, 2)])
+    with pytest.raises(UserError, match=r"a\.jpg: no semantic ground truth"):
+        evaluate([{"file_name": "a.jpg"}], [torch.zeros(4, 1, 2)])

@@ -1,0 +1,79 @@
+"""Merging against Detectron2's function, and the label spaces it does not know."""
+
+import torch
+from detectron2.modeling.meta_arch.panoptic_fpn import combine_semantic_and_instance_outputs
+from detectron2.structures import Instances
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from panoptic_fpn_ext.modeling import merge_panoptic
+
+
+def random_outputs(seed: int, num_instances: int, size=(24, 32), num_classes=5):
+    """Overlapping boxes, discs and empty masks, all scores different, and blocks of stuff."""
+    rng = torch.Generator().manual_seed(seed)
+    height, width = size
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    masks = torch.zeros(num_instances, height, width, dtype=torch.bool)
+    for mask in masks:
+        cy, cx, r = (torch.rand(3, generator=rng) * torch.tensor([height, width, 12])).tolist()
+        mask |= (y - cy) ** 2 + (x - cx) ** 2 < r**2
+    instances = Instances(size)
+    instances.pred_masks = masks
+    instances.scores = (torch.randperm(num_instances, generator=rng) + 0.5) / max(1, num_instances)
+    instances.pred_classes = torch.randint(0, 3, (num_instances,), generator=rng)
+    blocks = torch.randint(0, num_classes, (height // 4, width // 4), generator=rng)
+    return instances, blocks.repeat_interleave(4, 0).repeat_interleave(4, 1)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    num_instances=st.integers(0, 12),
+    overlap=st.sampled_from([0.0, 0.2, 0.5, 0.8, 1.0]),
+    area_limit=st.sampled_from([1, 16, 40, 10_000]),
+    score=st.sampled_from([0.0, 0.3, 0.5, 1.0]),
+)
+def test_equals_detectron2(seed, num_instances, overlap, area_limit, score):
+    instances, sem_seg = random_outputs(seed, num_instances)
+    expected = combine_semantic_and_instance_outputs(instances, sem_seg, overlap, area_limit, score)
+    panoptic_seg, segments_info = merge_panoptic(
+        instances,
+        sem_seg,
+        thing_sem_seg_ids={0},
+        overlap_threshold=overlap,
+        stuff_area_limit=area_limit,
+        score_threshold=score,
+    )
+    assert panoptic_seg.dtype == torch.int32
+    assert segments_info == expected[1]
+    assert torch.equal(panoptic_seg, expected[0])
+
+
+def test_thing_classes_of_the_full_label_space_never_become_stuff():
+    instances, sem_seg = random_outputs(seed=1, num_instances=0)
+    panoptic_seg, segments_info = merge_panoptic(
+        instances,
+        sem_seg,
+        thing_sem_seg_ids={1, 3},
+        overlap_threshold=0.5,
+        stuff_area_limit=1,
+        score_threshold=0.5,
+    )
+    assert {s["category_id"] for s in segments_info} == {0, 2, 4}
+    is_thing = (sem_seg == 1) | (sem_seg == 3)
+    assert torch.equal(panoptic_seg == 0, is_thing)
+
+
+def test_regions_without_a_pixel_are_no_segments():
+    instances, sem_seg = random_outputs(seed=2, num_instances=1)
+    instances.pred_masks[:] = True
+    _, segments_info = merge_panoptic(
+        instances,
+        sem_seg,
+        thing_sem_seg_ids={0},
+        overlap_threshold=0.5,
+        stuff_area_limit=0,
+        score_threshold=0.0,
+    )
+    assert [s["isthing"] for s in segments_info] == [True]

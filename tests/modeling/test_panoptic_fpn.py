@@ -1,0 +1,100 @@
+"""The whole model against Detectron2's PanopticFPN, with the same weights."""
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from torch.testing import assert_close
+
+from panoptic_fpn_ext import UserError
+
+
+@pytest.fixture
+def models(detectron2_cfg, ext_cfg):
+    theirs, ours = build_model(detectron2_cfg), build_model(ext_cfg)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return ours, theirs
+
+
+def losses_of(model, batch):
+    model.train()
+    torch.manual_seed(3)  # RPN and ROI heads sample at random
+    with EventStorage():
+        return model(batch)
+
+
+def test_losses_equal(models, training_batch):
+    ours, theirs = (losses_of(model, training_batch) for model in models)
+    assert set(ours) == set(theirs)
+    assert_close(ours, theirs)
+
+
+def test_instance_loss_weight_is_on_all_of_the_instance_branch(models, training_batch):
+    """Detectron2's leaves the classification loss out."""
+    model = models[0]
+    plain = losses_of(model, training_batch)
+    model.instance_loss_weight = 0.25
+    weighted = losses_of(model, training_batch)
+    weights = {"loss_cls": 0.25, "loss_box_reg": 0.25, "loss_mask": 0.25}
+    assert_close(weighted, {k: v * weights.get(k, 1.0) for k, v in plain.items()})
+
+
+@pytest.mark.parametrize("size", [None, (61, 173), (96, 128)])
+def test_outputs_equal(models, training_batch, size):
+    inputs = [{"image": x["image"]} for x in training_batch]
+    if size:
+        for x in inputs:
+            x["height"], x["width"] = size
+    with torch.no_grad():
+        ours, theirs = (model.eval()(inputs) for model in models)
+    for mine, built_in in zip(ours, theirs, strict=True):
+        assert set(mine) == set(built_in)
+        assert_close(mine["sem_seg"], built_in["sem_seg"])
+        assert len(built_in["instances"]) > 0
+        for field in ("scores", "pred_classes", "pred_masks"):
+            assert_close(mine["instances"].get(field), built_in["instances"].get(field))
+        assert_close(
+            mine["instances"].pred_boxes.tensor, built_in["instances"].pred_boxes.tensor
+        )
+        assert len(built_in["panoptic_seg"][1]) > 0
+        assert_close(mine["panoptic_seg"][0], built_in["panoptic_seg"][0])
+        assert mine["panoptic_seg"][1] == built_in["panoptic_seg"][1]
+
+
+def test_raw_outputs_equal(models, training_batch):
+    with torch.no_grad():
+        (ours, our_logits), (theirs, their_logits) = (
+            model.eval().inference(training_batch, do_postprocess=False) for model in models
+        )
+    assert_close(our_logits, their_logits)
+    assert_close(ours[0].pred_boxes.tensor, theirs[0].pred_boxes.tensor)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "unused"),
+    [
+        (["sem_seg"], "roi_heads"),
+        (["instances"], "sem_seg_head"),
+        (["panoptic_seg"], None),
+        (["instances", "panoptic_seg"], None),
+    ],
+)
+def test_only_the_outputs_asked_for(models, training_batch, outputs, unused, monkeypatch):
+    model = models[0].eval()
+    model.outputs = frozenset(outputs)
+    if unused:
+        monkeypatch.setattr(getattr(model, unused), "forward", lambda *_: pytest.fail("was used"))
+    with torch.no_grad():
+        results = model(training_batch)
+    assert [set(r) for r in results] == [set(outputs)] * 2
+
+
+def test_unknown_output_is_an_error_that_names_the_key(ext_cfg):
+    from panoptic_fpn_ext import add_panoptic_fpn_config
+
+    add_panoptic_fpn_config(ext_cfg)
+    ext_cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
+    ext_cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 4
+    ext_cfg.MODEL.PANOPTIC_FPN.OUTPUTS = ["depth"]
+    with pytest.raises(UserError, match="MODEL.PANOPTIC_FPN.OUTPUTS.*depth.*sem_seg"):
+        build_model(ext_cfg)

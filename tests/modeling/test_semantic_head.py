@@ -1,0 +1,74 @@
+"""The semantic head against Detectron2's, with the same weights."""
+
+import pytest
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
+from torch.testing import assert_close
+
+from panoptic_fpn_ext import UserError
+from panoptic_fpn_ext.modeling import SemanticFPNHead
+
+SHAPES = {f"p{k}": ShapeSpec(channels=16, stride=2**k) for k in range(2, 6)}
+
+
+def pair_of_heads(shapes=SHAPES, **changes):
+    args = {
+        "num_classes": 5,
+        "conv_dims": 32,
+        "common_stride": 4,
+        "norm": "GN",
+        "loss_weight": 0.5,
+        "ignore_value": 255,
+        **changes,
+    }
+    ours, theirs = SemanticFPNHead(shapes, **args), SemSegFPNHead(shapes, **args)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return ours, theirs
+
+
+def features(height=64, width=96):
+    return {
+        name: torch.randn(2, s.channels, height // s.stride, width // s.stride)
+        for name, s in SHAPES.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"norm": ""},
+        {"norm": "BN"},
+        {"common_stride": 8, "shapes": {k: v for k, v in SHAPES.items() if k != "p2"}},
+    ],
+)
+def test_logits_equal_detectron2s(changes):
+    ours, theirs = pair_of_heads(**changes)
+    inputs = features()
+    assert_close(ours.eval()(inputs)[0], theirs.eval()(inputs)[0])
+
+
+def test_loss_and_gradients_equal_detectron2s():
+    ours, theirs = pair_of_heads()
+    inputs = features()
+    targets = torch.randint(0, 5, (2, 64, 96))
+    targets[:, :10] = 255
+    for head in (ours, theirs):
+        head.train()
+        result, losses = head(inputs, targets)
+        assert result is None
+        losses["loss_sem_seg"].backward()
+    assert_close(ours(inputs, targets)[1], theirs(inputs, targets)[1])
+    gradients = {k: p.grad for k, p in theirs.named_parameters()}
+    assert_close({k: p.grad for k, p in ours.named_parameters()}, gradients)
+
+
+def test_no_features_is_an_error_that_names_the_key():
+    with pytest.raises(UserError, match="IN_FEATURES"):
+        SemanticFPNHead({}, num_classes=5, conv_dims=32, common_stride=4)
+
+
+def test_a_level_finer_than_the_common_stride_is_an_error_that_names_the_key():
+    with pytest.raises(UserError, match="COMMON_STRIDE 8 .* p2"):
+        SemanticFPNHead(SHAPES, num_classes=5, conv_dims=32, common_stride=8)
