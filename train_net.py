@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Train or evaluate a Panoptic FPN.
 
-    python train_net.py --config-file configs/quickstart.yaml
-    python train_net.py --config-file configs/quickstart.yaml --eval-only MODEL.WEIGHTS FILE
+python train_net.py --config-file configs/quickstart.yaml
+python train_net.py --config-file configs/quickstart.yaml --eval-only MODEL.WEIGHTS FILE
 """
 
 import argparse

@@ -4,7 +4,7 @@ Importing this package registers its datasets, heads and meta-architectures with
 """
 
 try:
-    from detectron2.config import CfgNode as _  # an emptied folder imports as `detectron2` too
+    import detectron2.config  # noqa: F401  an emptied folder imports as `detectron2` too
 except ImportError as error:
     raise ImportError(
         f"panoptic_fpn_ext needs a working Detectron2 ({error}): run "

@@ -1,6 +1,7 @@
 """What several test modules share: small configs and random model inputs."""
 
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -15,6 +16,26 @@ sys.path.insert(0, str(REPOSITORY / "datasets"))  # for make_shapes
 # The package registers its datasets under this folder when it is imported.
 os.environ["DETECTRON2_DATASETS"] = tempfile.mkdtemp(prefix="panoptic_fpn_ext_tests_")
 
+CONFIG = "configs/quickstart.yaml"
+# Options that make a run on the tiny Shapes take seconds, and still predict something.
+SMALL = [
+    *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"),
+    *("SOLVER.IMS_PER_BATCH", "2", "MODEL.PANOPTIC_FPN.COMBINE.STUFF_AREA_LIMIT", "16"),
+    *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.01"),
+    *("MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH", "0.02"),
+]
+
+
+def train_net(*arguments: str | Path) -> subprocess.CompletedProcess:
+    """Run the command line in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "train_net.py", *map(str, arguments)],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+
 
 @pytest.fixture(scope="session")
 def shapes() -> Path:
@@ -24,6 +45,15 @@ def shapes() -> Path:
     root = Path(os.environ["DETECTRON2_DATASETS"]) / "shapes"
     make_shapes(root, size=(64, 64), num_images={"train": 12, "val": 6}, seed=0)
     return root
+
+
+@pytest.fixture(scope="session")
+def trained(shapes, tmp_path_factory) -> Path:
+    """The output folder of a training run of 12 iterations."""
+    output = tmp_path_factory.mktemp("trained")
+    run = train_net("--config-file", CONFIG, *SMALL, "SOLVER.MAX_ITER", "12", "OUTPUT_DIR", output)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return output
 
 
 @pytest.fixture(autouse=True)

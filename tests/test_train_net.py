@@ -1,45 +1,15 @@
 """The command line, end to end, on a tiny Shapes."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from .conftest import REPOSITORY
-
-CONFIG = "configs/quickstart.yaml"
-SMALL = [
-    *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"),
-    *("SOLVER.IMS_PER_BATCH", "2", "MODEL.PANOPTIC_FPN.COMBINE.STUFF_AREA_LIMIT", "16"),
-    *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.01"),
-    *("MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH", "0.02"),
-]
-
-
-def train_net(*arguments: str | Path) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "train_net.py", *map(str, arguments)],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+from .conftest import CONFIG, SMALL, train_net
 
 
 def scores(output: Path) -> dict[str, float]:
     return json.loads((output / "inference" / "metrics.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def trained(shapes, tmp_path_factory) -> Path:
-    """The output folder of a training run of 12 iterations."""
-    output = tmp_path_factory.mktemp("trained")
-    run = train_net("--config-file", CONFIG, *SMALL, "SOLVER.MAX_ITER", "12", "OUTPUT_DIR", output)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return output
 
 
 def test_training_writes_checkpoint_config_log_and_scores(trained):

@@ -43,7 +43,9 @@ def main() -> None:
     rows = []
     records = DatasetCatalog.get(name)[: args.num_images]
     for first in range(0, len(records), args.columns):
-        row = [draw(record, predictor, name, args.height) for record in records[first:][: args.columns]]
+        row = [
+            draw(record, predictor, name, args.height) for record in records[first:][: args.columns]
+        ]
         rows.append(side_by_side([picture for pair in row for picture in pair]))
     width = max(row.shape[1] for row in rows)
     rows = [pad(row, row.shape[0] + GAP, width) for row in rows]

@@ -224,7 +224,7 @@ include = ["detectron2*"]
 
 
 # Run in a fresh interpreter, whose path must not lead to the folder it is started from. An emptied
-# folder imports as a namespace package, so what matters is imported, and what is recorded is sought.
+# folder imports as a namespace package: so what matters is imported, and each recorded file sought.
 PROBE = """
 import sys
 sys.path[:] = [folder for folder in sys.path if folder]
@@ -388,11 +388,9 @@ def gist(said: str) -> str:
         return "what the index serves does not have the SHA-256 pinned here, and is refused."
     if "NewConnectionError" in said or "NameResolutionError" in said:
         return "the package index cannot be reached."
-    # What a failing setup.py prints comes in a frame; of pip's own words the last error counts.
-    lines = re.findall(r"(.+)\n\s*\[end of output\]", said) or re.findall(
-        r"^error: *(.+)", said, flags=re.MULTILINE | re.IGNORECASE
-    )
-    return lines[-1].strip() if lines else "pip does not say why."
+    errors = re.findall(r"^\s*\w*error: *(.+)", said, flags=re.MULTILINE | re.IGNORECASE)
+    sentences = [error for error in errors if " " in error]  # rather than pip's error-codes
+    return (sentences or errors or ["pip does not say why."])[-1]
 
 
 def run_quietly(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -403,7 +401,7 @@ def unpack(sdist: Path, work: Path) -> Path:
     """Unpack the sdist; return its one top folder."""
     folder = work / "unpacked"
     with tarfile.open(sdist) as archive:
-        # The filter keeps members inside the folder; only the last patches of 3.10 and 3.11 have it.
+        # The filter keeps members inside the folder; early patches of 3.10 and 3.11 lack it.
         safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
         archive.extractall(folder, **safe)
     (tree,) = folder.iterdir()

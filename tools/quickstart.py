@@ -17,16 +17,17 @@ CONFIG = "configs/quickstart.yaml"
 OUTPUT = Path("output/quickstart")
 WEIGHTS = OUTPUT / "model_final.pth"
 PICTURE = OUTPUT / "predictions.png"
+PROGRESS = ("Shapes", "  eta: ", "Inference done", "images, ")  # in lines worth showing
 
 
 def main() -> None:
     began = time.monotonic()
     train = ["train_net.py", "--config-file", CONFIG]
-    run("datasets/make_shapes.py", keep="")
-    run(*train, "--resume", keep="d2.utils.events INFO")
-    run(*train, "--eval-only", "MODEL.WEIGHTS", WEIGHTS, keep="Inference done")
+    run("datasets/make_shapes.py")
+    run(*train, "--resume")
+    run(*train, "--eval-only", "MODEL.WEIGHTS", WEIGHTS)
     draw = ["--config-file", CONFIG, "--output", PICTURE, "MODEL.WEIGHTS", WEIGHTS]
-    run("tools/draw_predictions.py", *draw, keep="images,")
+    run("tools/draw_predictions.py", *draw)
 
     metrics = OUTPUT / "inference" / "metrics.json"
     print(f"\n{table(json.loads(metrics.read_text()))}\n")
@@ -41,8 +42,8 @@ def main() -> None:
     print(f"{time.monotonic() - began:.0f} seconds")
 
 
-def run(*command: str | Path, keep: str) -> None:
-    """Run a Python command; show those of its lines that hold ``keep``, or all if it fails."""
+def run(*command: str | Path) -> None:
+    """Run a Python command; show its progress, and the end of all it said if it fails."""
     words = [str(word) for word in command]
     print(f"\n$ python {' '.join(words)}", flush=True)
     process = subprocess.Popen(
@@ -51,7 +52,7 @@ def run(*command: str | Path, keep: str) -> None:
     lines = []
     for line in process.stdout:
         lines.append(line)
-        if keep in line:
+        if any(mark in line for mark in PROGRESS):
             print(line, end="", flush=True)
     if process.wait():
         print("".join(lines[-40:]), file=sys.stderr)

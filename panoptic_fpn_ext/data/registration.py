@@ -17,7 +17,6 @@ from detectron2.data.datasets import load_coco_json
 from ..errors import UserError
 
 LABEL_SPACES = ("separated", "full")
-EVALUATORS = ("panoptic_seg", "sem_seg", "instances")
 
 
 def register_panoptic_dataset(
@@ -29,7 +28,7 @@ def register_panoptic_dataset(
     *,
     label_space: str = "separated",
     categories: Sequence[dict[str, Any]] | None = None,
-    evaluators: Sequence[str] = EVALUATORS,
+    evaluators: Sequence[str] | None = None,
     **metadata: Any,
 ) -> None:
     """Register a dataset in the COCO panoptic format with Detectron2's catalogs.
@@ -45,11 +44,15 @@ def register_panoptic_dataset(
             stuff categories (as for COCO). ``"full"``: every category has its own, in the order
             of their ids (as for Cityscapes).
         categories: the ``categories`` of the JSON, where they are known without reading it.
-        evaluators: names in ``EVALUATOR_REGISTRY``: what the dataset is evaluated with.
+        evaluators: names in ``EVALUATOR_REGISTRY``: what the dataset is evaluated with. By
+            default all of them, ``"instances"`` only with an ``instances_json``.
         metadata: anything else to keep in the dataset's metadata.
     """
     if label_space not in LABEL_SPACES:
         raise UserError(f"dataset {name}: label_space {label_space!r} is not one of {LABEL_SPACES}")
+
+    if evaluators is None:
+        evaluators = ("panoptic_seg", "sem_seg", *(["instances"] if instances_json else []))
 
     def load_categories() -> dict[str, Any]:
         found = categories if categories is not None else _read_json(panoptic_json)["categories"]

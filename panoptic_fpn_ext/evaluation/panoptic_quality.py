@@ -134,7 +134,7 @@ def match_segments(
             pred_matched.add(pred)
 
     crowd = {}
-    for gt, (segment, category) in enumerate(zip(gt_segments, gt_categories)):
+    for gt, (segment, category) in enumerate(zip(gt_segments, gt_categories, strict=True)):
         if segment.get("iscrowd"):
             crowd[category] = gt
         elif gt not in gt_matched:
@@ -211,7 +211,7 @@ class PanopticQualityEvaluator(DatasetEvaluator):
         Raises:
             UserError: see :func:`match_segments`; also a segment of an unknown category.
         """
-        for record, output in zip(inputs, outputs):
+        for record, output in zip(inputs, outputs, strict=True):
             gt_source = record["pan_seg_file_name"]
             pred_source = f"the prediction for {record['file_name']}"
             # Image ids of datasets evaluated together may coincide, their files do not.
@@ -263,7 +263,7 @@ class PanopticQualityEvaluator(DatasetEvaluator):
         }
         summary = [_average(name, split) for name, split in splits.items()]
         result: dict[str, float] = {}
-        for suffix, (_, pq, sq, rq, _) in zip(("", "_th", "_st"), summary):
+        for suffix, (_, pq, sq, rq, _) in zip(("", "_th", "_st"), summary, strict=True):
             result |= {f"PQ{suffix}": pq, f"SQ{suffix}": sq, f"RQ{suffix}": rq}
         for metric in ("PQ", "SQ", "RQ"):
             for category, total in totals.items():
@@ -329,7 +329,8 @@ def _segment_numbers(
     unknown = values[ids[positions] != values]
     if len(unknown):
         raise UserError(f"{source}: pixels with ids that segments_info lacks: {_some(unknown)}")
-    absent = np.setdiff1d(ids[1:], ids[positions])
+    found = np.bincount(positions, minlength=len(ids)) > 0
+    absent = ids[~found & (ids != 0)]
     if len(absent):
         raise UserError(f"{source}: segments_info has ids that no pixel has: {_some(absent)}")
     return order[positions]

@@ -76,7 +76,7 @@ class SemSegIoUEvaluator(DatasetEvaluator):
             UserError: prediction and ground truth differ in size or classes, or a ground truth
                 file cannot be read or holds labels that are no class.
         """
-        for record, output in zip(inputs, outputs):
+        for record, output in zip(inputs, outputs, strict=True):
             gt_source, gt = self._ground_truth(record)
             pred = self._prediction(record, output)
             if pred.shape != gt.shape:
@@ -127,10 +127,15 @@ class SemSegIoUEvaluator(DatasetEvaluator):
             result = {
                 "mIoU": np.nansum(iou) / np.count_nonzero(true + predicted),
                 "fwIoU": np.nansum(iou * true) / true.sum(),
-                **{f"IoU-{name}": value for name, value in zip(self._class_names, iou)},
+                **{
+                    f"IoU-{name}": value for name, value in zip(self._class_names, iou, strict=True)
+                },
                 "mACC": np.nansum(accuracy) / np.count_nonzero(true),
                 "pACC": 100 * correct.sum() / true.sum(),
-                **{f"ACC-{name}": value for name, value in zip(self._class_names, accuracy)},
+                **{
+                    f"ACC-{name}": value
+                    for name, value in zip(self._class_names, accuracy, strict=True)
+                },
             }
         result = {key: float(value) for key, value in result.items()}
         self._log(result)

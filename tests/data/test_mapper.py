@@ -42,9 +42,7 @@ def test_training_inputs(cfg, record):
     assert mapped["sem_seg"].dtype == torch.int64
     instances = mapped["instances"]
     assert instances.image_size == (96, 96)
-    assert len(instances) == sum(
-        s["isthing"] and not s["iscrowd"] for s in record["segments_info"]
-    )
+    assert len(instances) == sum(s["isthing"] and not s["iscrowd"] for s in record["segments_info"])
     # Things are class 0 of the semantic map, wherever an instance is.
     covered = instances.gt_masks.tensor.any(dim=0)
     assert (mapped["sem_seg"][covered] == 0).float().mean() > 0.95
@@ -103,7 +101,9 @@ def test_faulty_files_are_errors_that_name_the_file(cfg, record, tmp_path):
 
 
 def test_shapes_metadata_follows_its_json(shapes):
-    categories = json.loads((shapes / "annotations" / "panoptic_val.json").read_text())["categories"]
+    categories = json.loads((shapes / "annotations" / "panoptic_val.json").read_text())[
+        "categories"
+    ]
     from detectron2.data import MetadataCatalog
 
     metadata = MetadataCatalog.get("shapes_val")

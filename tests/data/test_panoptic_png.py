@@ -41,7 +41,8 @@ def test_reads_what_pillow_writes(folder, ids):
 def test_pillow_reads_what_is_written(folder, ids):
     write_panoptic_png(folder / "ours.png", ids)
     with Image.open(folder / "ours.png") as image:
-        assert image.format == "PNG" and image.mode == "RGB"
+        assert image.format == "PNG"
+        assert image.mode == "RGB"
         np.testing.assert_array_equal(np.asarray(image), rgb_of(ids))
     np.testing.assert_array_equal(read_panoptic_png(str(folder / "ours.png")), ids)
 
@@ -60,14 +61,14 @@ def test_alpha_is_dropped(tmp_path):
     np.testing.assert_array_equal(read_panoptic_png(tmp_path / "rgba.png"), expected)
 
 
-@pytest.mark.parametrize("mode, found", [("L", "8-bit grey"), ("P", "8-bit palette")])
+@pytest.mark.parametrize(("mode", "found"), [("L", "8-bit grey"), ("P", "8-bit palette")])
 def test_other_modes_are_refused(tmp_path, mode, found):
     Image.linear_gradient("L").convert(mode).save(tmp_path / "x.png")
     with pytest.raises(UserError, match=rf"x\.png: {found} PNG; expected 8-bit RGB"):
         read_panoptic_png(tmp_path / "x.png")
 
 
-@pytest.mark.parametrize("shape, found", [((3, 4), "16-bit grey"), ((3, 4, 3), "16-bit RGB")])
+@pytest.mark.parametrize(("shape", "found"), [((3, 4), "16-bit grey"), ((3, 4, 3), "16-bit RGB")])
 def test_16_bit_is_refused(tmp_path, shape, found):
     cv2.imwrite(str(tmp_path / "x.png"), np.zeros(shape, np.uint16))
     with pytest.raises(UserError, match=rf"x\.png: {found} PNG; expected 8-bit RGB"):

@@ -29,7 +29,7 @@ THINGS = ["cat", "dog"]
 STUFF = ["things", "sky", "sea"]
 CATEGORIES = {(True, 0): "cat", (True, 1): "dog", (False, 1): "sky", (False, 2): "sea"}
 QUALITIES = ("pq", "sq", "rq")
-DATASET = dict(thing_classes=THINGS, stuff_classes=STUFF, thing_sem_seg_ids=(0, 0))
+DATASET = {"thing_classes": THINGS, "stuff_classes": STUFF, "thing_sem_seg_ids": (0, 0)}
 
 
 @st.composite
@@ -45,7 +45,7 @@ def segments_of(draw, labels: np.ndarray, categories: list) -> tuple[np.ndarray,
     table[present] = ids
     segments = [
         {"id": i, "category_id": categories[label - 1][1], "isthing": categories[label - 1][0]}
-        for i, label in zip(ids, present)
+        for i, label in zip(ids, present, strict=True)
     ]
     return table[labels], draw(st.permutations(segments))
 
@@ -85,7 +85,7 @@ def output_of(pred_ids: np.ndarray, pred_segments: list[dict]) -> dict:
 def evaluate(records: list[dict], outputs: list[dict], **kwargs) -> dict[str, float]:
     evaluator = PanopticQualityEvaluator(**DATASET, **kwargs)
     evaluator.reset()
-    for record, output in zip(records, outputs):
+    for record, output in zip(records, outputs, strict=True):
         evaluator.process([record], [output])
     return evaluator.evaluate()["panoptic_seg"]
 
@@ -100,7 +100,7 @@ def reference(records: list[dict], predictions: list[tuple], folder: Path) -> di
         ]
 
     pairs = []
-    for record, (pred_ids, pred_segments) in zip(records, predictions):
+    for record, (pred_ids, pred_segments) in zip(records, predictions, strict=True):
         gt_ids = read_panoptic_png(record["pan_seg_file_name"])
         gt_segments = [
             {"iscrowd": 0, **s, "area": int((gt_ids == s["id"]).sum())}
@@ -179,7 +179,8 @@ def test_half_is_neither_a_match_nor_excused():
     assert matches.ious == [1.0, 1.0]  # void is no part of the union
     gt = np.where(stripes(1, 3) == 1, 7, 9)  # half of the first prediction is 7
     matches = match_segments(gt, [thing(7), thing(9, 1)], *prediction)
-    assert matches[True, 0].ious == [] and matches[True, 0].false_positives == 2
+    assert matches[True, 0].ious == []
+    assert matches[True, 0].false_positives == 2
 
 
 def test_minus_one_is_void_in_predictions():
@@ -192,7 +193,7 @@ def test_minus_one_is_void_in_predictions():
 
 
 @pytest.mark.parametrize(
-    "gt_segments, pred_segments, message",
+    ("gt_segments", "pred_segments", "message"),
     [
         ([thing(1)], [thing(1), thing(2)], r"gt\.png: pixels with ids .* lacks: 2$"),
         ([thing(1), thing(2), thing(3)], [thing(1), thing(2)], r"gt\.png: .* no pixel has: 3$"),
@@ -262,7 +263,7 @@ def random_image(seed: int) -> tuple[np.ndarray, list[dict], np.ndarray, list[di
 def evaluate_in_parts(monkeypatch, parts: list[tuple[list, list]]) -> dict[str, float]:
     """Evaluate as several processes would, the main one being the first."""
     evaluators = [PanopticQualityEvaluator(**DATASET) for _ in parts]
-    for evaluator, (records, outputs) in zip(evaluators, parts):
+    for evaluator, (records, outputs) in zip(evaluators, parts, strict=True):
         evaluator.process(records, outputs)
     sent = []
     monkeypatch.setattr(comm, "is_main_process", lambda: False)
@@ -312,8 +313,10 @@ def test_nothing_to_evaluate_is_nan_with_a_warning(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         results = evaluate([record], [output_of(stripes(2), [thing(1)])])
     assert results["PQ"] == results["PQ_th"] == results["PQ-cat"] == 100
-    assert math.isnan(results["PQ_st"]) and math.isnan(results["PQ-dog"])
-    assert "Stuff: no segments" in caplog.text and "All" not in caplog.text
+    assert math.isnan(results["PQ_st"])
+    assert math.isnan(results["PQ-dog"])
+    assert "Stuff: no segments" in caplog.text
+    assert "All" not in caplog.text
 
 
 def test_the_log_has_both_tables(tmp_path, caplog):

@@ -25,7 +25,7 @@ from panoptic_fpn_ext.errors import UserError
 from panoptic_fpn_ext.evaluation.sem_seg_iou import SemSegIoUEvaluator
 
 CLASSES = ["things", "sky", "sea", "sand"]
-DATASET = dict(stuff_classes=CLASSES, thing_sem_seg_ids=(0, 0))
+DATASET = {"stuff_classes": CLASSES, "thing_sem_seg_ids": (0, 0)}
 
 
 def logits_of(pred: np.ndarray, num_classes: int = len(CLASSES)) -> torch.Tensor:
@@ -99,7 +99,8 @@ def test_a_class_that_is_only_predicted_counts_as_zero_in_miou(tmp_path):
     results = evaluate([record], [logits_of(np.array([[1, 1, 2, 3]]))])
     assert results["mIoU"] == pytest.approx((100 * 2 / 3 + 0) / 2)  # 3 is only on an ignored pixel
     assert results["mACC"] == results["pACC"] == results["fwIoU"] == pytest.approx(100 * 2 / 3)
-    assert math.isnan(results["IoU-sea"]) and math.isnan(results["IoU-sand"])
+    assert math.isnan(results["IoU-sea"])
+    assert math.isnan(results["IoU-sand"])
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -248,7 +249,7 @@ def test_from_dataset(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "labels, output, message",
+    ("labels", "output", "message"),
     [
         ([[0, 1]], {"sem_seg": torch.zeros(4, 1, 3)}, r"a\.jpg is 1 x 3.*a\.png is 1 x 2"),
         ([[0, 1]], {"sem_seg": torch.zeros(5, 1, 2)}, r"a\.jpg has 5 .* has 4; set MODEL\.SEM_SEG"),

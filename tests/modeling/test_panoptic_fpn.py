@@ -53,9 +53,7 @@ def test_outputs_equal(models, training_batch, size):
         assert len(built_in["instances"]) > 0
         for field in ("scores", "pred_classes", "pred_masks"):
             assert_close(mine["instances"].get(field), built_in["instances"].get(field))
-        assert_close(
-            mine["instances"].pred_boxes.tensor, built_in["instances"].pred_boxes.tensor
-        )
+        assert_close(mine["instances"].pred_boxes.tensor, built_in["instances"].pred_boxes.tensor)
         assert len(built_in["panoptic_seg"][1]) > 0
         assert_close(mine["panoptic_seg"][0], built_in["panoptic_seg"][0])
         assert mine["panoptic_seg"][1] == built_in["panoptic_seg"][1]
