@@ -1,24 +1,43 @@
-"""The package and the ranges it is meant to work in; requirements.txt pins what it is tested with.
+"""The package and the ranges it is meant to work in; requirements.txt pins what is tested."""
 
-Two things it needs are not among them, so that `pip install -e .` leaves the user's own alone:
-Detectron2, which is on no package index (importing panoptic_fpn_ext without it says how to get it),
-and OpenCV, which Detectron2 needs too and which comes in several packages that exclude each other.
-"""
+import sys
+import sysconfig
+from importlib.metadata import distributions
 
 from setuptools import find_packages, setup
+
+# pip builds apart from the environment it installs into: look there, not on sys.path.
+SITE_PACKAGES = [
+    sysconfig.get_path(kind, vars={"base": prefix, "platbase": prefix})
+    for kind in ("purelib", "platlib")
+    for prefix in (sys.prefix, sys.base_prefix)
+]
+INSTALLED = {d.metadata["Name"].lower() for d in distributions(path=SITE_PACKAGES)}
+
+if "detectron2" not in INSTALLED:
+    sys.exit(
+        "panoptic_fpn_ext needs Detectron2, which is on no package index: run "
+        "`python tools/install_detectron2.py` first, or build Detectron2 from its source."
+    )
+
+# OpenCV comes in packages that exclude each other: keep the one that is there.
+OPENCV = ("opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless")
+opencv = next((name for name in OPENCV if name in INSTALLED), "opencv-python")
 
 setup(
     name="panoptic_fpn_ext",
     version="0.1.0",
-    description="Panoptic FPN for Detectron2: training, evaluation and export, on any dataset",
+    description="Panoptic FPN for Detectron2: training and evaluation on any panoptic dataset",
     license="Apache-2.0",
     packages=find_packages(include=["panoptic_fpn_ext", "panoptic_fpn_ext.*"]),
     python_requires=">=3.10,<3.13",
     install_requires=[
         "cityscapesscripts>=2.2",
+        "detectron2>=0.6",
         "faster-coco-eval>=1.6",
         "fvcore>=0.1.5",
         "numpy>=1.23",
+        f"{opencv}>=4.5",
         "pillow>=9.1",
         "pycocotools>=2.0.6",
         "tabulate>=0.8",

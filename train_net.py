@@ -8,11 +8,12 @@ python train_net.py --config-file configs/quickstart.yaml --eval-only MODEL.WEIG
 import argparse
 import sys
 
+from panoptic_fpn_ext import UserError  # isort: skip  (says what to do without a Detectron2)
+
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 
-from panoptic_fpn_ext import UserError
 from panoptic_fpn_ext.engine import Trainer, launch, setup
 
 

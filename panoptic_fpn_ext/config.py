@@ -26,12 +26,32 @@ def add_panoptic_fpn_config(cfg: CfgNode) -> None:
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = FROM_DATASET
     cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = FROM_DATASET
 
+    # How the semantic branch brings the levels of the pyramid together: "sum" or "concat".
+    cfg.MODEL.SEM_SEG_HEAD.AGGREGATION = "sum"
+
+    # Groups of the pyramid's channels, with the backbone build_resnet_grouped_fpn_backbone: with 2
+    # the instance branch reads the first half, the semantic branch the second.
+    cfg.MODEL.FPN.GROUPS = 1
+
+    # "joint": both tasks in every iteration. "alternate": the instance task in even iterations,
+    # the semantic task in odd ones; each counts as an iteration of SOLVER.MAX_ITER.
+    cfg.MODEL.PANOPTIC_FPN.TRAINING = "joint"
     # What inference returns for an image; what is left out is not computed.
     cfg.MODEL.PANOPTIC_FPN.OUTPUTS = list(OUTPUTS)
     # Semantic classes that never become stuff segments: [0] where class 0 is "things" (COCO), the
     # thing classes where all categories have a semantic class (Cityscapes), [-1] as the dataset
     # says.
     cfg.MODEL.PANOPTIC_FPN.THING_SEM_SEG_IDS = [FROM_DATASET]
+
+    # Before merging, instances whose box overlaps one of a higher score, of whatever class, by more
+    # than this IoU are dropped; 1.0 drops none.
+    cfg.MODEL.PANOPTIC_FPN.COMBINE.NMS_THRESH = 1.0
+
+    # Weights of the two networks of TwoNetworkPanopticFPN, each as MODEL.WEIGHTS; set both, or
+    # neither where MODEL.WEIGHTS has both.
+    cfg.MODEL.TWO_NETWORK = CfgNode()
+    cfg.MODEL.TWO_NETWORK.INSTANCE_WEIGHTS = ""
+    cfg.MODEL.TWO_NETWORK.SEMANTIC_WEIGHTS = ""
 
     # "SGD" (Detectron2's own) or "ADAMW"; both read the other SOLVER keys.
     cfg.SOLVER.OPTIMIZER = "SGD"

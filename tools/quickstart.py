@@ -17,7 +17,7 @@ CONFIG = "configs/quickstart.yaml"
 OUTPUT = Path("output/quickstart")
 WEIGHTS = OUTPUT / "model_final.pth"
 PICTURE = OUTPUT / "predictions.png"
-PROGRESS = ("Shapes", "  eta: ", "Inference done", "images, ")  # in lines worth showing
+PROGRESS = ("Shapes: ", "  eta: ", "Inference done", "images, ")  # in lines worth showing
 
 
 def main() -> None:

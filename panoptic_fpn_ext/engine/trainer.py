@@ -35,9 +35,12 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
-        on_gpu = next(model.parameters()).is_cuda
-        device_ids = {} if on_gpu else {"device_ids": None}
-        model = create_ddp_model(model, broadcast_buffers=False, **device_ids)
+        ddp_args: dict[str, Any] = {"broadcast_buffers": False}
+        if not next(model.parameters()).is_cuda:
+            ddp_args["device_ids"] = None
+        if cfg.MODEL.PANOPTIC_FPN.TRAINING == "alternate":
+            ddp_args["find_unused_parameters"] = True  # those of the other task
+        model = create_ddp_model(model, **ddp_args)
         step = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
         self._trainer = step(model, loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)

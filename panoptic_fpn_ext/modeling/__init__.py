@@ -2,6 +2,16 @@
 
 from .merging import merge_panoptic
 from .panoptic_fpn import PanopticFPNExt
+from .postprocessing import PanopticPostprocessor
+from .semantic_fpn import SemanticFPN
 from .semantic_head import SemanticFPNHead
+from .two_network import TwoNetworkPanopticFPN
 
-__all__ = ["PanopticFPNExt", "SemanticFPNHead", "merge_panoptic"]
+__all__ = [
+    "PanopticFPNExt",
+    "PanopticPostprocessor",
+    "SemanticFPN",
+    "SemanticFPNHead",
+    "TwoNetworkPanopticFPN",
+    "merge_panoptic",
+]

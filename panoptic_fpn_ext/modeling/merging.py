@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from detectron2.structures import Instances
+from torchvision.ops import nms
 
 
 def merge_panoptic(
@@ -17,16 +18,20 @@ def merge_panoptic(
     overlap_threshold: float,
     stuff_area_limit: int,
     score_threshold: float,
+    nms_threshold: float = 1.0,
 ) -> tuple[torch.Tensor, list[dict[str, Any]]]:
     """Instances by descending score, then stuff where nothing is yet.
 
     Args:
-        instances: ``scores`` (N), ``pred_classes`` (N), ``pred_masks`` (N, H, W) bool.
+        instances: ``scores`` (N), ``pred_classes`` (N), ``pred_masks`` (N, H, W) bool, and, for
+            non-maximum suppression, ``pred_boxes``.
         sem_seg: (H, W) int64 semantic classes.
         thing_sem_seg_ids: semantic classes that never become stuff segments.
         overlap_threshold: an instance is dropped if more than this share of it is taken already.
         stuff_area_limit: pixels; smaller stuff regions are left void.
         score_threshold: instances below are dropped.
+        nms_threshold: instances whose box has a greater IoU with one of a higher score, of
+            whatever class, are dropped first; 1 for no suppression.
 
     Returns:
         (H, W) int32 map of segment ids, 0 where void, and ``segments_info``: dicts with ``id``,
@@ -36,6 +41,9 @@ def merge_panoptic(
     panoptic_seg = torch.zeros(sem_seg.shape, dtype=torch.int32, device=sem_seg.device)
     by_score = torch.argsort(-instances.scores)  # ties fall as in Detectron2
     by_score = by_score[instances.scores[by_score] >= score_threshold]
+    if nms_threshold < 1:
+        boxes, scores = instances.pred_boxes.tensor[by_score], instances.scores[by_score]
+        by_score = by_score[nms(boxes, scores, nms_threshold)]
     masks = instances.pred_masks[by_score].bool()
     areas = masks.flatten(1).sum(dim=1)
 

@@ -1,18 +1,28 @@
 """Panoptic FPN: one network for instance, semantic and panoptic segmentation."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, build_sem_seg_head
-from detectron2.modeling.postprocessing import detector_postprocess, sem_seg_postprocess
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import (
+    META_ARCH_REGISTRY,
+    GeneralizedRCNN,
+    build_backbone,
+    build_proposal_generator,
+    build_roi_heads,
+    build_sem_seg_head,
+)
 from detectron2.structures import ImageList
+from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from ..config import OUTPUTS, resolve_dataset_keys
+from ..config import resolve_dataset_keys
 from ..errors import UserError
-from .merging import merge_panoptic
+from .postprocessing import PanopticPostprocessor
+
+TASKS = ("instance", "semantic")
+TRAINING = ("joint", "alternate")
 
 
 @META_ARCH_REGISTRY.register()
@@ -27,54 +37,71 @@ class PanopticFPNExt(GeneralizedRCNN):
         self,
         *,
         sem_seg_head: nn.Module,
-        thing_sem_seg_ids: Sequence[int] = (0,),
-        outputs: Sequence[str] = OUTPUTS,
+        postprocess: PanopticPostprocessor | None = None,
         instance_loss_weight: float = 1.0,
-        combine_overlap_thresh: float = 0.5,
-        combine_stuff_area_thresh: int = 4096,
-        combine_instances_score_thresh: float = 0.5,
+        training_schedule: str = "joint",
+        feature_groups: int = 1,
         **rcnn_args: Any,
     ) -> None:
         """
         Args:
-            sem_seg_head: the semantic branch.
-            thing_sem_seg_ids: semantic classes that never become stuff segments.
-            outputs: what inference returns, of ``sem_seg``, ``instances`` and ``panoptic_seg``.
-            instance_loss_weight: λi, on the losses of the ROI heads.
-            combine_overlap_thresh, combine_stuff_area_thresh, combine_instances_score_thresh: see
-                :func:`merge_panoptic`.
+            sem_seg_head: the semantic branch; its ``loss_weight`` is λs.
+            postprocess: makes the outputs of an image; by default all of them.
+            instance_loss_weight: λi, on the losses of the ROI heads. Where λi or λs is 0, the
+                branch is neither run in training nor trained.
+            training_schedule: ``"joint"``, or ``"alternate"`` for the instance task in even
+                iterations and the semantic task in odd ones (paper, section 4.2).
+            feature_groups: groups of the channels of the backbone's outputs; the instance branch
+                reads the first, the semantic branch the last.
             rcnn_args: those of :class:`GeneralizedRCNN`.
         """
         super().__init__(**rcnn_args)
-        unknown = set(outputs) - set(OUTPUTS)
-        if unknown or not outputs:
+        if training_schedule not in TRAINING:
             raise UserError(
-                f"MODEL.PANOPTIC_FPN.OUTPUTS {list(outputs)}: allowed are one or more of "
-                f"{list(OUTPUTS)}"
+                f"MODEL.PANOPTIC_FPN.TRAINING {training_schedule!r}: allowed are {list(TRAINING)}"
             )
         self.sem_seg_head = sem_seg_head
-        self.thing_sem_seg_ids = frozenset(thing_sem_seg_ids)
-        self.outputs = frozenset(outputs)
+        self.postprocess = postprocess or PanopticPostprocessor()
         self.instance_loss_weight = instance_loss_weight
-        self.combine_overlap_thresh = combine_overlap_thresh
-        self.combine_stuff_area_thresh = combine_stuff_area_thresh
-        self.combine_instances_score_thresh = combine_instances_score_thresh
+        self.training_schedule = training_schedule
+        self.feature_groups = feature_groups
+        branches = {
+            "instance": (instance_loss_weight, [self.proposal_generator, self.roi_heads]),
+            "semantic": (getattr(sem_seg_head, "loss_weight", 1.0), [sem_seg_head]),
+        }
+        self.tasks = tuple(task for task, (weight, _) in branches.items() if weight)
+        if not self.tasks:
+            raise UserError(
+                "MODEL.PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT and MODEL.SEM_SEG_HEAD.LOSS_WEIGHT are "
+                "both 0: nothing is left to train"
+            )
+        for weight, modules in branches.values():
+            if not weight:
+                nn.ModuleList(modules).requires_grad_(False)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         cfg = resolve_dataset_keys(cfg)
-        args = super().from_config(cfg)
-        keys = cfg.MODEL.PANOPTIC_FPN
-        args.update(
-            sem_seg_head=build_sem_seg_head(cfg, args["backbone"].output_shape()),
-            thing_sem_seg_ids=keys.THING_SEM_SEG_IDS,
-            outputs=keys.OUTPUTS,
-            instance_loss_weight=keys.INSTANCE_LOSS_WEIGHT,
-            combine_overlap_thresh=keys.COMBINE.OVERLAP_THRESH,
-            combine_stuff_area_thresh=keys.COMBINE.STUFF_AREA_LIMIT,
-            combine_instances_score_thresh=keys.COMBINE.INSTANCES_CONFIDENCE_THRESH,
-        )
-        return args
+        backbone = build_backbone(cfg)
+        groups = cfg.MODEL.FPN.GROUPS
+        shapes = {
+            name: ShapeSpec(channels=shape.channels // groups, stride=shape.stride)
+            for name, shape in backbone.output_shape().items()
+        }
+        return {
+            "backbone": backbone,
+            "proposal_generator": build_proposal_generator(cfg, shapes),
+            "roi_heads": build_roi_heads(cfg, shapes),
+            "sem_seg_head": build_sem_seg_head(cfg, shapes),
+            "postprocess": PanopticPostprocessor(cfg),
+            "instance_loss_weight": cfg.MODEL.PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT,
+            "training_schedule": cfg.MODEL.PANOPTIC_FPN.TRAINING,
+            "feature_groups": groups,
+            "input_format": cfg.INPUT.FORMAT,
+            "vis_period": cfg.VIS_PERIOD,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+        }
 
     def forward(
         self, batched_inputs: list[dict[str, Any]]
@@ -86,24 +113,25 @@ class PanopticFPNExt(GeneralizedRCNN):
                 optionally ``height`` and ``width`` of the outputs.
 
         Returns:
-            In training the losses; in inference a dict for each image with those of ``outputs``:
-
-            * ``sem_seg``: (num_classes, height, width) logits;
-            * ``instances``: :class:`Instances` with boxes, scores, classes and masks;
-            * ``panoptic_seg``: see :func:`merge_panoptic`.
+            In training the losses of this iteration's tasks, weighted; in inference a dict for
+            each image, see :class:`PanopticPostprocessor`.
         """
         if not self.training:
             return self.inference(batched_inputs)
         images = self.preprocess_image(batched_inputs)
         features = self.backbone(images.tensor)
-
-        sem_seg = self._pad([x["sem_seg"].to(self.device) for x in batched_inputs])
-        _, losses = self.sem_seg_head(features, sem_seg)
-        instances = [x["instances"].to(self.device) for x in batched_inputs]
-        proposals, proposal_losses = self.proposal_generator(images, features, instances)
-        _, roi_losses = self.roi_heads(images, features, proposals, instances)
-        losses.update(proposal_losses)
-        losses.update({k: v * self.instance_loss_weight for k, v in roi_losses.items()})
+        tasks = self._tasks_of_iteration()
+        losses = {}
+        if "semantic" in tasks:
+            sem_seg = self._pad([x["sem_seg"].to(self.device) for x in batched_inputs])
+            losses.update(self.sem_seg_head(self._features_for("semantic", features), sem_seg)[1])
+        if "instance" in tasks:
+            features = self._features_for("instance", features)
+            instances = [x["instances"].to(self.device) for x in batched_inputs]
+            proposals, proposal_losses = self.proposal_generator(images, features, instances)
+            _, roi_losses = self.roi_heads(images, features, proposals, instances)
+            losses.update(proposal_losses)
+            losses.update({k: v * self.instance_loss_weight for k, v in roi_losses.items()})
         return losses
 
     def inference(
@@ -121,40 +149,34 @@ class PanopticFPNExt(GeneralizedRCNN):
         """
         images = self.preprocess_image(batched_inputs)
         features = self.backbone(images.tensor)
-        need = OUTPUTS if not do_postprocess or "panoptic_seg" in self.outputs else self.outputs
         sem_seg = instances = [None] * len(batched_inputs)
-        if "sem_seg" in need:
-            sem_seg, _ = self.sem_seg_head(features, None)
-        if "instances" in need:
+        if self.postprocess.needs("sem_seg") or not do_postprocess:
+            sem_seg, _ = self.sem_seg_head(self._features_for("semantic", features), None)
+        if self.postprocess.needs("instances") or not do_postprocess:
+            features = self._features_for("instance", features)
             proposals, _ = self.proposal_generator(images, features, None)
             instances, _ = self.roi_heads(images, features, proposals, None)
         if not do_postprocess:
             return instances, sem_seg
         return [
-            self._postprocess(*args)
+            self.postprocess(*args)
             for args in zip(sem_seg, instances, images.image_sizes, batched_inputs, strict=True)
         ]
 
-    def _postprocess(
-        self, sem_seg: Any, instances: Any, image_size: tuple[int, int], inputs: dict[str, Any]
-    ) -> dict[str, Any]:
-        """The outputs of one image, at the size of the original image."""
-        size = inputs.get("height", image_size[0]), inputs.get("width", image_size[1])
-        result = {}
-        if sem_seg is not None:
-            result["sem_seg"] = sem_seg_postprocess(sem_seg, image_size, *size)
-        if instances is not None:
-            result["instances"] = detector_postprocess(instances, *size)
-        if "panoptic_seg" in self.outputs:
-            result["panoptic_seg"] = merge_panoptic(
-                result["instances"],
-                result["sem_seg"].argmax(dim=0),
-                thing_sem_seg_ids=self.thing_sem_seg_ids,
-                overlap_threshold=self.combine_overlap_thresh,
-                stuff_area_limit=self.combine_stuff_area_thresh,
-                score_threshold=self.combine_instances_score_thresh,
-            )
-        return {name: value for name, value in result.items() if name in self.outputs}
+    def _tasks_of_iteration(self) -> tuple[str, ...]:
+        if self.training_schedule == "joint":
+            return self.tasks
+        # The storage's iteration is the trainer's: a resumed run goes on in the right phase.
+        return (self.tasks[get_event_storage().iter % len(self.tasks)],)
+
+    def _features_for(
+        self, task: str, features: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The channels of a task's group."""
+        if self.feature_groups == 1:
+            return features
+        group = 0 if task == "instance" else -1
+        return {k: v.chunk(self.feature_groups, dim=1)[group] for k, v in features.items()}
 
     def _pad(self, sem_seg: list[torch.Tensor]) -> torch.Tensor:
         """Semantic maps as one batch, padded as :meth:`preprocess_image` pads the images."""

@@ -1,5 +1,6 @@
 """The semantic branch (paper, section 3.1 and figure 3)."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,16 +15,18 @@ from torch.nn import functional as F
 
 from ..errors import UserError
 
+AGGREGATIONS = ("sum", "concat")
+
 
 @SEM_SEG_HEADS_REGISTRY.register()
 class SemanticFPNHead(nn.Module):
     """Semantic segmentation from the levels of a feature pyramid.
 
     Each level goes through stages of 3x3 convolution, normalization, ReLU and 2x bilinear
-    upsampling until it has the common stride; the levels are summed, a 1x1 convolution predicts
-    the classes, and bilinear upsampling brings them to the size of the image.
+    upsampling until it has the common stride; the levels are summed or concatenated, a 1x1
+    convolution predicts the classes, and bilinear upsampling brings them to the size of the image.
 
-    Parameter names equal those of Detectron2's ``SemSegFPNHead``.
+    Parameter names equal those of Detectron2's ``SemSegFPNHead``, which always sums.
     """
 
     @configurable
@@ -35,6 +38,7 @@ class SemanticFPNHead(nn.Module):
         conv_dims: int,
         common_stride: int,
         norm: str | Callable | None = None,
+        aggregation: str = "sum",
         loss_weight: float = 1.0,
         ignore_value: int = 255,
     ) -> None:
@@ -45,6 +49,7 @@ class SemanticFPNHead(nn.Module):
             conv_dims: channels of the branch.
             common_stride: the stride all levels are brought to.
             norm: normalization after each 3x3 convolution, as for :func:`get_norm`.
+            aggregation: ``"sum"`` or ``"concat"`` of the levels (paper, table 1c).
             loss_weight: λs.
             ignore_value: pixels of this class have no loss.
         """
@@ -57,13 +62,19 @@ class SemanticFPNHead(nn.Module):
                 f"MODEL.SEM_SEG_HEAD.COMMON_STRIDE {common_stride} is more than the stride "
                 f"{levels[0][1].stride} of {levels[0][0]}, one of MODEL.SEM_SEG_HEAD.IN_FEATURES"
             )
+        if aggregation not in AGGREGATIONS:
+            raise UserError(
+                f"MODEL.SEM_SEG_HEAD.AGGREGATION {aggregation!r}: allowed are {list(AGGREGATIONS)}"
+            )
         self.in_features = [name for name, _ in levels]
+        self.aggregation = aggregation
         self.common_stride = common_stride
         self.loss_weight = loss_weight
         self.ignore_value = ignore_value
         for name, shape in levels:
             self.add_module(name, _level(shape, conv_dims, common_stride, norm))
-        self.predictor = Conv2d(conv_dims, num_classes, kernel_size=1)
+        width = conv_dims if aggregation == "sum" else conv_dims * len(levels)
+        self.predictor = Conv2d(width, num_classes, kernel_size=1)
         weight_init.c2_msra_fill(self.predictor)
 
     @classmethod
@@ -75,6 +86,7 @@ class SemanticFPNHead(nn.Module):
             "conv_dims": head.CONVS_DIM,
             "common_stride": head.COMMON_STRIDE,
             "norm": head.NORM,
+            "aggregation": head.get("AGGREGATION", "sum"),
             "loss_weight": head.LOSS_WEIGHT,
             "ignore_value": head.IGNORE_VALUE,
         }
@@ -98,11 +110,10 @@ class SemanticFPNHead(nn.Module):
 
     def layers(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
         """The logits at the common stride: (N, num_classes, H / stride, W / stride)."""
-        total = None
-        for name in self.in_features:
-            level = getattr(self, name)(features[name])
-            total = level if total is None else total + level
-        return self.predictor(total)
+        levels = (getattr(self, name)(features[name]) for name in self.in_features)
+        if self.aggregation == "concat":
+            return self.predictor(torch.cat(list(levels), dim=1))
+        return self.predictor(functools.reduce(torch.add, levels))
 
     def upsample(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits of :meth:`layers`, brought to the size of the image."""

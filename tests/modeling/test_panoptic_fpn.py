@@ -6,7 +6,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from torch.testing import assert_close
 
-from panoptic_fpn_ext import UserError
+from panoptic_fpn_ext import UserError, add_panoptic_fpn_config
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_raw_outputs_equal(models, training_batch):
 )
 def test_only_the_outputs_asked_for(models, training_batch, outputs, unused, monkeypatch):
     model = models[0].eval()
-    model.outputs = frozenset(outputs)
+    model.postprocess.outputs = frozenset(outputs)
     if unused:
         monkeypatch.setattr(getattr(model, unused), "forward", lambda *_: pytest.fail("was used"))
     with torch.no_grad():
@@ -87,12 +87,74 @@ def test_only_the_outputs_asked_for(models, training_batch, outputs, unused, mon
     assert [set(r) for r in results] == [set(outputs)] * 2
 
 
-def test_unknown_output_is_an_error_that_names_the_key(ext_cfg):
-    from panoptic_fpn_ext import add_panoptic_fpn_config
-
+@pytest.fixture
+def full_cfg(ext_cfg):
+    """With the keys of this project."""
+    counts = ext_cfg.MODEL.ROI_HEADS.NUM_CLASSES, ext_cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
     add_panoptic_fpn_config(ext_cfg)
-    ext_cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
-    ext_cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 4
-    ext_cfg.MODEL.PANOPTIC_FPN.OUTPUTS = ["depth"]
-    with pytest.raises(UserError, match="MODEL.PANOPTIC_FPN.OUTPUTS.*depth.*sem_seg"):
-        build_model(ext_cfg)
+    ext_cfg.MODEL.ROI_HEADS.NUM_CLASSES, ext_cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = counts
+    ext_cfg.MODEL.DEVICE = "cpu"
+    return ext_cfg
+
+
+@pytest.mark.parametrize(
+    ("weights", "losses", "unused"),
+    [
+        ((0.0, 0.5), {"loss_sem_seg"}, "roi_heads"),
+        ((1.0, 0.0), {"loss_cls", "loss_box_reg", "loss_mask", "loss_rpn"}, "sem_seg_head"),
+    ],
+)
+def test_a_loss_weight_of_0_switches_the_task_off(
+    full_cfg, training_batch, weights, losses, unused, monkeypatch
+):
+    keys = full_cfg.MODEL
+    keys.PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT, keys.SEM_SEG_HEAD.LOSS_WEIGHT = weights
+    model = build_model(full_cfg)
+    monkeypatch.setattr(getattr(model, unused), "forward", lambda *_: pytest.fail("was used"))
+    found = losses_of(model, training_batch)
+    assert {k.replace("_cls", "").replace("_loc", "") if "rpn" in k else k for k in found} == losses
+    assert not any(p.requires_grad for p in getattr(model, unused).parameters())
+
+
+def test_alternate_training_has_one_task_in_each_iteration(full_cfg, training_batch):
+    joint = build_model(full_cfg)
+    full_cfg.MODEL.PANOPTIC_FPN.TRAINING = "alternate"
+    alternate = build_model(full_cfg)
+    alternate.load_state_dict(joint.state_dict())
+    expected = losses_of(joint, training_batch)
+    for iteration in (6, 7):  # as resumed from a checkpoint
+        torch.manual_seed(3)
+        with EventStorage(iteration):
+            found = alternate.train()(training_batch)
+        assert ("loss_sem_seg" in found) == (iteration == 7)
+        assert ("loss_mask" in found) == (iteration == 6)
+        assert_close(found, {k: expected[k] for k in found})
+
+
+def test_each_branch_reads_its_own_group_of_channels(full_cfg, training_batch):
+    full_cfg.MODEL.FPN.GROUPS = 2
+    model = build_model(full_cfg).eval()
+    assert model.sem_seg_head.p2[0].in_channels == full_cfg.MODEL.FPN.OUT_CHANNELS // 2
+    features = model.backbone(model.preprocess_image(training_batch).tensor)
+    instance, semantic = (model._features_for(t, features) for t in ("instance", "semantic"))
+    for name, feature in features.items():
+        assert_close(torch.cat([instance[name], semantic[name]], dim=1), feature)
+    losses_of(model, training_batch)["loss_mask"].backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("MODEL.PANOPTIC_FPN.OUTPUTS", ["depth"]), r"PANOPTIC_FPN\.OUTPUTS.*depth.*sem_seg"),
+        (("MODEL.PANOPTIC_FPN.TRAINING", "turns"), r"TRAINING 'turns'.*'joint', 'alternate'"),
+        (("MODEL.SEM_SEG_HEAD.AGGREGATION", "max"), r"AGGREGATION 'max'.*'sum', 'concat'"),
+        (
+            ("MODEL.PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT", 0.0, "MODEL.SEM_SEG_HEAD.LOSS_WEIGHT", 0.0),
+            "both 0",
+        ),
+    ],
+)
+def test_a_bad_value_is_an_error_that_names_the_key(full_cfg, change, message):
+    full_cfg.merge_from_list(list(change))
+    with pytest.raises(UserError, match=message):
+        build_model(full_cfg)

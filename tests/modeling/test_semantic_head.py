@@ -64,6 +64,20 @@ def test_loss_and_gradients_equal_detectron2s():
     assert_close({k: p.grad for k, p in ours.named_parameters()}, gradients)
 
 
+def test_concat_predicts_from_all_levels_side_by_side():
+    """A 1x1 convolution of a concatenation is the sum of those of its parts."""
+    arguments = {"num_classes": 5, "conv_dims": 32, "common_stride": 4, "norm": "GN"}
+    concat = SemanticFPNHead(SHAPES, aggregation="concat", **arguments)
+    inputs = features()
+    weights = concat.predictor.weight.split(32, dim=1)
+    expected = concat.predictor.bias[:, None, None]
+    for name, weight in zip(SHAPES, weights, strict=True):
+        expected = expected + torch.nn.functional.conv2d(
+            getattr(concat, name)(inputs[name]), weight
+        )
+    assert_close(concat.layers(inputs), expected, atol=1e-5, rtol=1e-4)
+
+
 def test_no_features_is_an_error_that_names_the_key():
     with pytest.raises(UserError, match="IN_FEATURES"):
         SemanticFPNHead({}, num_classes=5, conv_dims=32, common_stride=4)

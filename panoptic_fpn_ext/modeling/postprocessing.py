@@ -1,0 +1,95 @@
+"""From the raw outputs of both branches to the outputs of an image."""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling.postprocessing import detector_postprocess, sem_seg_postprocess
+from detectron2.structures import Instances
+
+from ..config import OUTPUTS
+from ..errors import UserError
+from .merging import merge_panoptic
+
+
+class PanopticPostprocessor:
+    """Brings instances and semantic logits to the size of the original image and merges them."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        outputs: Sequence[str] = OUTPUTS,
+        thing_sem_seg_ids: Collection[int] = (0,),
+        overlap_threshold: float = 0.5,
+        stuff_area_limit: int = 4096,
+        score_threshold: float = 0.5,
+        nms_threshold: float = 1.0,
+    ) -> None:
+        """
+        Args:
+            outputs: what to return, of ``sem_seg``, ``instances`` and ``panoptic_seg``.
+            thing_sem_seg_ids, overlap_threshold, stuff_area_limit, score_threshold,
+                nms_threshold: see :func:`merge_panoptic`.
+        """
+        if not outputs or set(outputs) - set(OUTPUTS):
+            raise UserError(
+                f"MODEL.PANOPTIC_FPN.OUTPUTS {list(outputs)}: allowed are one or more of "
+                f"{list(OUTPUTS)}"
+            )
+        self.outputs = frozenset(outputs)
+        self.merging = {
+            "thing_sem_seg_ids": frozenset(thing_sem_seg_ids),
+            "overlap_threshold": overlap_threshold,
+            "stuff_area_limit": stuff_area_limit,
+            "score_threshold": score_threshold,
+            "nms_threshold": nms_threshold,
+        }
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        keys = cfg.MODEL.PANOPTIC_FPN
+        return {
+            "outputs": keys.OUTPUTS,
+            "thing_sem_seg_ids": keys.THING_SEM_SEG_IDS,
+            "overlap_threshold": keys.COMBINE.OVERLAP_THRESH,
+            "stuff_area_limit": keys.COMBINE.STUFF_AREA_LIMIT,
+            "score_threshold": keys.COMBINE.INSTANCES_CONFIDENCE_THRESH,
+            "nms_threshold": keys.COMBINE.NMS_THRESH,
+        }
+
+    def needs(self, branch: str) -> bool:
+        """Whether the outputs need a branch: ``sem_seg`` or ``instances``."""
+        return branch in self.outputs or "panoptic_seg" in self.outputs
+
+    def __call__(
+        self,
+        sem_seg: torch.Tensor | None,
+        instances: Instances | None,
+        image_size: tuple[int, int],
+        inputs: dict[str, Any],
+    ) -> dict[str, Any]:
+        """The outputs of one image.
+
+        Args:
+            sem_seg: (num_classes, H, W) logits of the padded network input, if needed.
+            instances: of the network input, masks of boxes not yet pasted, if needed.
+            image_size: (height, width) of the network input without padding.
+            inputs: the image's input dict; its ``height`` and ``width`` are the size of the
+                outputs, by default ``image_size``.
+
+        Returns:
+            Those of ``outputs``: ``sem_seg`` (num_classes, height, width) logits, ``instances``,
+            ``panoptic_seg`` (see :func:`merge_panoptic`).
+        """
+        size = inputs.get("height", image_size[0]), inputs.get("width", image_size[1])
+        result: dict[str, Any] = {}
+        if sem_seg is not None:
+            result["sem_seg"] = sem_seg_postprocess(sem_seg, image_size, *size)
+        if instances is not None:
+            result["instances"] = detector_postprocess(instances, *size)
+        if "panoptic_seg" in self.outputs:
+            labels = result["sem_seg"].argmax(dim=0)
+            result["panoptic_seg"] = merge_panoptic(result["instances"], labels, **self.merging)
+        return {name: value for name, value in result.items() if name in self.outputs}

@@ -1,0 +1,26 @@
+"""Semantic FPN: the semantic branch alone (paper, section 4.1)."""
+
+from typing import Any
+
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.meta_arch.semantic_seg import SemanticSegmentor
+
+from ..config import resolve_dataset_keys
+
+
+@META_ARCH_REGISTRY.register()
+class SemanticFPN(SemanticSegmentor):
+    """Detectron2's ``SemanticSegmentor`` whose classes follow the dataset.
+
+    Returns for each image ``sem_seg``, (num_classes, height, width) logits; in training the
+    semantic loss. Its configs say so: ``MODEL.PANOPTIC_FPN.OUTPUTS: ["sem_seg"]``.
+    """
+
+    @configurable
+    def __init__(self, **segmentor_args: Any) -> None:
+        super().__init__(**segmentor_args)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        return super().from_config(resolve_dataset_keys(cfg))

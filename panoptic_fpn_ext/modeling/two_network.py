@@ -1,0 +1,96 @@
+"""Two separate networks merged: what one Panoptic FPN is compared with (paper, section 4.3)."""
+
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, SemanticSegmentor
+from torch import nn
+
+from ..config import resolve_dataset_keys
+from ..errors import UserError
+from .postprocessing import PanopticPostprocessor
+from .semantic_fpn import SemanticFPN
+
+
+@META_ARCH_REGISTRY.register()
+class TwoNetworkPanopticFPN(nn.Module):
+    """A Mask R-CNN with FPN and a Semantic FPN that share nothing but their merged output.
+
+    Both are built from the same config. Each can start from weights of its own; a checkpoint of
+    this model has both, under ``instance_network`` and ``semantic_network``. Trained, each
+    learns exactly as it would alone.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        instance_network: GeneralizedRCNN,
+        semantic_network: SemanticSegmentor,
+        postprocess: PanopticPostprocessor | None = None,
+    ) -> None:
+        """
+        Args:
+            instance_network: finds things.
+            semantic_network: finds stuff.
+            postprocess: makes the outputs of an image; by default all of them.
+        """
+        super().__init__()
+        self.instance_network = instance_network
+        self.semantic_network = semantic_network
+        self.postprocess = postprocess or PanopticPostprocessor()
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        cfg = resolve_dataset_keys(cfg)
+        networks = {
+            "instance_network": GeneralizedRCNN(cfg),
+            "semantic_network": SemanticFPN(cfg),
+        }
+        weights = {
+            "INSTANCE_WEIGHTS": (
+                networks["instance_network"],
+                cfg.MODEL.TWO_NETWORK.INSTANCE_WEIGHTS,
+            ),
+            "SEMANTIC_WEIGHTS": (
+                networks["semantic_network"],
+                cfg.MODEL.TWO_NETWORK.SEMANTIC_WEIGHTS,
+            ),
+        }
+        missing = [key for key, (_, path) in weights.items() if not path]
+        if len(missing) == 1:
+            raise UserError(
+                f"MODEL.TWO_NETWORK.{missing[0]} is not set, but the other network has weights: "
+                "set both, or neither"
+            )
+        for network, path in weights.values():
+            if path:
+                DetectionCheckpointer(network).load(path)
+        return {**networks, "postprocess": PanopticPostprocessor(cfg)}
+
+    @property
+    def device(self) -> torch.device:
+        return self.instance_network.device
+
+    def forward(
+        self, batched_inputs: list[dict[str, Any]]
+    ) -> dict[str, torch.Tensor] | list[dict[str, Any]]:
+        """See :meth:`PanopticFPNExt.forward`; in training the losses of both networks."""
+        if self.training:
+            return {
+                **self.instance_network(batched_inputs),
+                **self.semantic_network(batched_inputs),
+            }
+        sem_seg = instances = [None] * len(batched_inputs)
+        images = self.instance_network.preprocess_image(batched_inputs)
+        if self.postprocess.needs("sem_seg"):
+            network = self.semantic_network
+            sem_seg, _ = network.sem_seg_head(network.backbone(images.tensor), None)
+        if self.postprocess.needs("instances"):
+            instances = self.instance_network.inference(batched_inputs, do_postprocess=False)
+        return [
+            self.postprocess(*args)
+            for args in zip(sem_seg, instances, images.image_sizes, batched_inputs, strict=True)
+        ]
