@@ -1,5 +1,7 @@
 """Every config key of the extension, and the keys whose value comes from the dataset."""
 
+import os
+
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -22,6 +24,9 @@ def add_panoptic_fpn_config(cfg: CfgNode) -> None:
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
 
+    # An image without things still has stuff to learn from.
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+
     # Both class counts follow the first dataset of DATASETS.TRAIN unless set.
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = FROM_DATASET
     cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = FROM_DATASET
@@ -32,6 +37,14 @@ def add_panoptic_fpn_config(cfg: CfgNode) -> None:
     # Groups of the pyramid's channels, with the backbone build_resnet_grouped_fpn_backbone: with 2
     # the instance branch reads the first half, the semantic branch the second.
     cfg.MODEL.FPN.GROUPS = 1
+
+    # Backbone build_resnet_dilated_backbone: the stride no stage goes beyond, 8, 16 or 32 (an
+    # ordinary ResNet); later stages are dilated.
+    cfg.MODEL.RESNETS.OUTPUT_STRIDE = 32
+    # Backbone build_resnet_symmetric_backbone: normalization in the decoder, which has no
+    # pretrained statistics; the encoder has MODEL.RESNETS.NORM.
+    cfg.MODEL.SYMMETRIC_DECODER = CfgNode()
+    cfg.MODEL.SYMMETRIC_DECODER.NORM = "GN"
 
     # "joint": both tasks in every iteration. "alternate": the instance task in even iterations,
     # the semantic task in odd ones; each counts as an iteration of SOLVER.MAX_ITER.
@@ -53,19 +66,38 @@ def add_panoptic_fpn_config(cfg: CfgNode) -> None:
     cfg.MODEL.TWO_NETWORK.INSTANCE_WEIGHTS = ""
     cfg.MODEL.TWO_NETWORK.SEMANTIC_WEIGHTS = ""
 
+    # Datasets of your own, registered before training and evaluation: a list of dicts with the
+    # arguments of register_panoptic_dataset (docs/DATASETS.md).
+    cfg.DATASETS.PANOPTIC = []
+
+    # Colour augmentation of SSD in training: brightness, contrast, saturation, hue.
+    cfg.INPUT.COLOR_AUG_SSD = False
+    # Crop the resized image (crops of one size after scale jitter, as the paper on Cityscapes),
+    # not the original one (Detectron2's order).
+    cfg.INPUT.CROP.AFTER_RESIZE = False
+    # Probability that a crop is drawn so that it holds an instance; 0 draws all crops blindly.
+    cfg.INPUT.CROP.HOLD_INSTANCE = 0.0
+
+    # Whose evaluators: "panoptic_fpn_ext", or "detectron2" for Detectron2's own.
+    cfg.TEST.EVALUATORS = "panoptic_fpn_ext"
+    # Write OUTPUT_DIR/inference/<dataset>_submission.zip, which the panoptic test servers of COCO
+    # and Cityscapes take, whenever a dataset is evaluated.
+    cfg.TEST.SUBMISSION = False
+
     # "SGD" (Detectron2's own) or "ADAMW"; both read the other SOLVER keys.
     cfg.SOLVER.OPTIMIZER = "SGD"
 
 
 def resolve_dataset_keys(cfg: CfgNode) -> CfgNode:
-    """Fill in the keys that are left to the dataset.
+    """Fill in the keys that are left to the dataset, and hold those that are set against it.
 
     Returns:
         ``cfg`` itself if it leaves nothing open (a config of Detectron2 alone, without
         :func:`add_panoptic_fpn_config`, gets the extension's keys first), else a resolved copy.
 
     Raises:
-        UserError: a key is left to the dataset, but none is registered by that name.
+        UserError: a key is left to the dataset, but none is registered by that name; or a class
+            count is set and another than that of a dataset.
     """
     if "OUTPUTS" not in cfg.MODEL.PANOPTIC_FPN:
         num_classes = (cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
@@ -77,35 +109,68 @@ def resolve_dataset_keys(cfg: CfgNode) -> CfgNode:
 
     things, sem_seg = cfg.MODEL.ROI_HEADS, cfg.MODEL.SEM_SEG_HEAD
     counts_open = FROM_DATASET in (things.NUM_CLASSES, sem_seg.NUM_CLASSES)
-    if not counts_open and FROM_DATASET not in cfg.MODEL.PANOPTIC_FPN.THING_SEM_SEG_IDS:
-        return cfg
-
-    metadata = _first_metadata(cfg)
-    if metadata is None and counts_open:
+    ids_open = FROM_DATASET in cfg.MODEL.PANOPTIC_FPN.THING_SEM_SEG_IDS
+    datasets = _datasets(cfg)
+    if counts_open and not datasets:
         raise UserError(
             "MODEL.ROI_HEADS.NUM_CLASSES and MODEL.SEM_SEG_HEAD.NUM_CLASSES are left to the "
             f"dataset, but none of DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} and DATASETS.TEST "
             f"{tuple(cfg.DATASETS.TEST)} is registered: set both, or register the dataset first"
         )
-    cfg = _thawed(cfg)
-    things, sem_seg = cfg.MODEL.ROI_HEADS, cfg.MODEL.SEM_SEG_HEAD
-    if things.NUM_CLASSES == FROM_DATASET:
-        things.NUM_CLASSES = len(metadata.get("thing_classes", ()))
-    if sem_seg.NUM_CLASSES == FROM_DATASET:
-        sem_seg.NUM_CLASSES = len(metadata.get("stuff_classes", ()))
-    if FROM_DATASET in cfg.MODEL.PANOPTIC_FPN.THING_SEM_SEG_IDS:
-        # Detectron2's own panoptic datasets are separated: class 0 is "things".
-        ids = metadata.get("thing_sem_seg_ids", (0,)) if metadata else (0,)
-        cfg.MODEL.PANOPTIC_FPN.THING_SEM_SEG_IDS = sorted(set(ids))
-    cfg.freeze()
+    if counts_open or ids_open:
+        metadata = next(iter(datasets.values()), Metadata())
+        cfg = _thawed(cfg)
+        things, sem_seg = cfg.MODEL.ROI_HEADS, cfg.MODEL.SEM_SEG_HEAD
+        if things.NUM_CLASSES == FROM_DATASET:
+            things.NUM_CLASSES = len(metadata.get("thing_classes", ()))
+        if sem_seg.NUM_CLASSES == FROM_DATASET:
+            sem_seg.NUM_CLASSES = len(metadata.get("stuff_classes", ()))
+        if ids_open:
+            # Detectron2's own panoptic datasets are separated: class 0 is "things".
+            ids = metadata.get("thing_sem_seg_ids", (0,))
+            cfg.MODEL.PANOPTIC_FPN.THING_SEM_SEG_IDS = sorted(set(ids))
+        cfg.freeze()
+    for name, metadata in datasets.items():
+        _check_class_count(
+            "MODEL.ROI_HEADS.NUM_CLASSES", things.NUM_CLASSES, name, metadata, "thing_classes"
+        )
+        _check_class_count(
+            "MODEL.SEM_SEG_HEAD.NUM_CLASSES", sem_seg.NUM_CLASSES, name, metadata, "stuff_classes"
+        )
     return cfg
 
 
-def _first_metadata(cfg: CfgNode) -> Metadata | None:
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        if name in DatasetCatalog.list():
-            return MetadataCatalog.get(name)
-    return None
+def _datasets(cfg: CfgNode) -> dict[str, Metadata]:
+    """Metadata of the registered datasets of a config, by name, training first.
+
+    A dataset whose annotations are not on this machine is left out, unless it is the only one:
+    evaluating and predicting need no training data.
+    """
+    names = dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+    registered = {n: MetadataCatalog.get(n) for n in names if n in DatasetCatalog.list()}
+
+    def has_classes(metadata: Metadata) -> bool:
+        known = metadata.as_dict()
+        path = known.get("panoptic_json")
+        return "stuff_classes" in known or path is None or os.path.exists(path)
+
+    present = {name: metadata for name, metadata in registered.items() if has_classes(metadata)}
+    return present or registered
+
+
+def _check_class_count(
+    key: str, value: int, dataset_name: str, metadata: Metadata, attribute: str
+) -> None:
+    try:
+        classes = metadata.get(attribute)
+    except UserError:  # not on this machine, and not needed: the count is set
+        return
+    if classes is not None and len(classes) != value:
+        kind = "thing" if attribute == "thing_classes" else "semantic"
+        raise UserError(
+            f"{key} is {value}, but dataset {dataset_name} has {len(classes)} {kind} classes: "
+            f"leave the key out, and it is taken from the dataset"
+        )
 
 
 def _thawed(cfg: CfgNode) -> CfgNode:

@@ -1,5 +1,6 @@
 """The semantic head, the meta-architectures and the merging of their outputs."""
 
+from .backbones import DilatedResNet, GroupedFPN, SymmetricDecoder
 from .merging import merge_panoptic
 from .panoptic_fpn import PanopticFPNExt
 from .postprocessing import PanopticPostprocessor
@@ -8,10 +9,13 @@ from .semantic_head import SemanticFPNHead
 from .two_network import TwoNetworkPanopticFPN
 
 __all__ = [
+    "DilatedResNet",
+    "GroupedFPN",
     "PanopticFPNExt",
     "PanopticPostprocessor",
     "SemanticFPN",
     "SemanticFPNHead",
+    "SymmetricDecoder",
     "TwoNetworkPanopticFPN",
     "merge_panoptic",
 ]

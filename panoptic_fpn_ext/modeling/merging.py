@@ -9,6 +9,8 @@ import torch
 from detectron2.structures import Instances
 from torchvision.ops import nms
 
+from .pasting import PastedMasks
+
 
 def merge_panoptic(
     instances: Instances,
@@ -23,8 +25,8 @@ def merge_panoptic(
     """Instances by descending score, then stuff where nothing is yet.
 
     Args:
-        instances: ``scores`` (N), ``pred_classes`` (N), ``pred_masks`` (N, H, W) bool, and, for
-            non-maximum suppression, ``pred_boxes``.
+        instances: ``scores`` (N), ``pred_classes`` (N), ``pred_masks``, an (N, H, W) bool tensor or
+            :class:`PastedMasks`, and, for non-maximum suppression, ``pred_boxes``.
         sem_seg: (H, W) int64 semantic classes.
         thing_sem_seg_ids: semantic classes that never become stuff segments.
         overlap_threshold: an instance is dropped if more than this share of it is taken already.
@@ -39,33 +41,30 @@ def merge_panoptic(
         of things, ``area`` of stuff.
     """
     panoptic_seg = torch.zeros(sem_seg.shape, dtype=torch.int32, device=sem_seg.device)
+    segments_info: list[dict[str, Any]] = []
+
     by_score = torch.argsort(-instances.scores)  # ties fall as in Detectron2
     by_score = by_score[instances.scores[by_score] >= score_threshold]
     if nms_threshold < 1:
         boxes, scores = instances.pred_boxes.tensor[by_score], instances.scores[by_score]
         by_score = by_score[nms(boxes, scores, nms_threshold)]
-    masks = instances.pred_masks[by_score].bool()
-    areas = masks.flatten(1).sum(dim=1)
-
     # Each decision stays on the device: nothing waits for it until all are made.
     next_id = panoptic_seg.new_ones(())
     accepted = []
-    for mask, area in zip(masks, areas, strict=True):
-        visible = mask & (panoptic_seg == 0)
-        taken = area - visible.sum()
-        accept = (area > 0) & (taken.double() / area <= overlap_threshold)
-        panoptic_seg = torch.where(visible & accept, next_id, panoptic_seg)
+    for index in by_score.tolist():
+        where, mask = _window(instances.pred_masks, index)
+        taken = panoptic_seg[where]
+        area = mask.sum()
+        visible = mask & (taken == 0)
+        accept = (area > 0) & ((area - visible.sum()).double() / area <= overlap_threshold)
+        panoptic_seg[where] = torch.where(visible & accept, next_id, taken)
         next_id = next_id + accept.int()
         accepted.append(accept)
-
-    segments_info: list[dict[str, Any]] = []
     if accepted:
         kept = by_score[torch.stack(accepted)]
+        scores, classes = instances.scores[kept], instances.pred_classes[kept]
         for instance_id, score, category in zip(
-            kept.tolist(),
-            instances.scores[kept].tolist(),
-            instances.pred_classes[kept].tolist(),
-            strict=True,
+            kept.tolist(), scores.tolist(), classes.tolist(), strict=True
         ):
             segments_info.append(
                 {
@@ -78,9 +77,10 @@ def merge_panoptic(
             )
 
     free = panoptic_seg == 0
-    free_areas = torch.bincount(sem_seg[free])
-    segment_of_class = panoptic_seg.new_zeros(free_areas.shape)
-    for category, area in enumerate(free_areas.tolist()):
+    # Class c counts as 2c + 1 where it is free.
+    areas = torch.bincount((2 * sem_seg + free).flatten())[1::2].tolist()
+    segment_of_class = panoptic_seg.new_zeros(max(len(areas), int(sem_seg.max()) + 1))
+    for category, area in enumerate(areas):
         if area == 0 or area < stuff_area_limit or category in thing_sem_seg_ids:
             continue
         segments_info.append(
@@ -92,5 +92,13 @@ def merge_panoptic(
             }
         )
         segment_of_class[category] = len(segments_info)
-    panoptic_seg[free] = segment_of_class[sem_seg[free]]
-    return panoptic_seg, segments_info
+    return torch.where(free, segment_of_class[sem_seg], panoptic_seg), segments_info
+
+
+def _window(
+    masks: torch.Tensor | PastedMasks, index: int
+) -> tuple[tuple[slice, ...], torch.Tensor]:
+    """A part of the image and the mask there; the mask has no pixels elsewhere."""
+    if isinstance(masks, PastedMasks):
+        return masks.window(index)
+    return (slice(None), slice(None)), masks[index].bool()

@@ -20,6 +20,7 @@ from torch import nn
 from ..config import resolve_dataset_keys
 from ..errors import UserError
 from .postprocessing import PanopticPostprocessor
+from .semantic_head import SemanticFPNHead
 
 TASKS = ("instance", "semantic")
 TRAINING = ("joint", "alternate")
@@ -150,8 +151,14 @@ class PanopticFPNExt(GeneralizedRCNN):
         images = self.preprocess_image(batched_inputs)
         features = self.backbone(images.tensor)
         sem_seg = instances = [None] * len(batched_inputs)
+        stride = 1
         if self.postprocess.needs("sem_seg") or not do_postprocess:
-            sem_seg, _ = self.sem_seg_head(self._features_for("semantic", features), None)
+            semantic_features = self._features_for("semantic", features)
+            if do_postprocess and isinstance(self.sem_seg_head, SemanticFPNHead):
+                sem_seg = self.sem_seg_head.layers(semantic_features)
+                stride = self.sem_seg_head.common_stride
+            else:
+                sem_seg, _ = self.sem_seg_head(semantic_features, None)
         if self.postprocess.needs("instances") or not do_postprocess:
             features = self._features_for("instance", features)
             proposals, _ = self.proposal_generator(images, features, None)
@@ -159,7 +166,7 @@ class PanopticFPNExt(GeneralizedRCNN):
         if not do_postprocess:
             return instances, sem_seg
         return [
-            self.postprocess(*args)
+            self.postprocess(*args, stride=stride)
             for args in zip(sem_seg, instances, images.image_sizes, batched_inputs, strict=True)
         ]
 

@@ -5,12 +5,14 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling.postprocessing import detector_postprocess, sem_seg_postprocess
+from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Instances
 
 from ..config import OUTPUTS
 from ..errors import UserError
 from .merging import merge_panoptic
+from .pasting import PastedMasks
+from .resizing import upsampled, upsampled_labels
 
 
 class PanopticPostprocessor:
@@ -69,27 +71,54 @@ class PanopticPostprocessor:
         instances: Instances | None,
         image_size: tuple[int, int],
         inputs: dict[str, Any],
+        *,
+        stride: int = 1,
     ) -> dict[str, Any]:
         """The outputs of one image.
 
         Args:
-            sem_seg: (num_classes, H, W) logits of the padded network input, if needed.
+            sem_seg: (num_classes, H / stride, W / stride) logits of the padded network input, if
+                needed.
             instances: of the network input, masks of boxes not yet pasted, if needed.
             image_size: (height, width) of the network input without padding.
             inputs: the image's input dict; its ``height`` and ``width`` are the size of the
                 outputs, by default ``image_size``.
+            stride: of the logits.
 
         Returns:
             Those of ``outputs``: ``sem_seg`` (num_classes, height, width) logits, ``instances``,
             ``panoptic_seg`` (see :func:`merge_panoptic`).
         """
         size = inputs.get("height", image_size[0]), inputs.get("width", image_size[1])
+        sizes = {"stride": stride, "image_size": image_size, "size": size}
         result: dict[str, Any] = {}
-        if sem_seg is not None:
-            result["sem_seg"] = sem_seg_postprocess(sem_seg, image_size, *size)
+        if "sem_seg" in self.outputs:
+            result["sem_seg"] = upsampled(sem_seg, **sizes)
         if instances is not None:
-            result["instances"] = detector_postprocess(instances, *size)
+            instances = _rescaled(instances, size)
         if "panoptic_seg" in self.outputs:
-            labels = result["sem_seg"].argmax(dim=0)
-            result["panoptic_seg"] = merge_panoptic(result["instances"], labels, **self.merging)
-        return {name: value for name, value in result.items() if name in self.outputs}
+            if "sem_seg" in self.outputs:
+                labels = result["sem_seg"].argmax(dim=0)
+            else:
+                labels = upsampled_labels(sem_seg, **sizes)
+            result["panoptic_seg"] = merge_panoptic(instances, labels, **self.merging)
+        if "instances" in self.outputs:
+            if instances.has("pred_masks"):
+                instances.pred_masks = instances.pred_masks.dense()
+            result["instances"] = instances
+        return result
+
+
+def _rescaled(instances: Instances, size: tuple[int, int]) -> Instances:
+    """Instances at the size of the original image, masks as :class:`PastedMasks`."""
+    fields = instances.get_fields()
+    # Under another name, detector_postprocess selects the masks but does not paste them.
+    masks = fields.pop("pred_masks", None)
+    if masks is not None:
+        fields["mask_probabilities"] = masks
+    instances = detector_postprocess(Instances(instances.image_size, **fields), *size)
+    if masks is not None:
+        probabilities = instances.mask_probabilities[:, 0]
+        instances.remove("mask_probabilities")
+        instances.pred_masks = PastedMasks(probabilities, instances.pred_boxes.tensor, size)
+    return instances

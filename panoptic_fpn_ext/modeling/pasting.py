@@ -1,0 +1,70 @@
+"""Masks of boxes brought to the image, only where and when they are needed."""
+
+import torch
+from detectron2.layers import paste_masks_in_image
+
+
+class PastedMasks:
+    """Masks of an image, each kept inside the window around its box and pasted when asked for.
+
+    Equal to Detectron2's ``paste_masks_in_image``: bilinear sampling, zero outside. Sampling on a
+    grid of rows and columns is separable, so it is two small matrix products.
+    """
+
+    def __init__(
+        self,
+        probabilities: torch.Tensor,
+        boxes: torch.Tensor,
+        size: tuple[int, int],
+        threshold: float = 0.5,
+    ) -> None:
+        """
+        Args:
+            probabilities: (N, M, M) float in [0, 1], over each box.
+            boxes: (N, 4) float, x0, y0, x1, y1 in pixels of the image.
+            size: (height, width) of the image.
+            threshold: a pixel is in the mask from this probability on.
+        """
+        self.probabilities = probabilities
+        self.boxes = boxes
+        self.size = size
+        self.threshold = threshold
+        # One pixel of margin, as Detectron2 has it.
+        edge = boxes.new_tensor([size[1], size[0]])
+        first = torch.minimum((boxes[:, :2].floor() - 1).clamp(min=0), edge)
+        last = torch.minimum(boxes[:, 2:].ceil() + 1, edge).maximum(first)
+        self._windows = torch.cat([first, last], dim=1).int().tolist()
+
+    def __len__(self) -> int:
+        return len(self.probabilities)
+
+    def window(self, index: int) -> tuple[tuple[slice, slice], torch.Tensor]:
+        """Where a mask is, as slices of rows and columns, and the (h, w) bool mask there."""
+        x0, y0, x1, y1 = self._windows[index]
+        mask, box = self.probabilities[index], self.boxes[index]
+        rows = _sampling_matrix(y0, y1, box[1], box[3], mask.shape[0])
+        columns = _sampling_matrix(x0, x1, box[0], box[2], mask.shape[1])
+        values = torch.linalg.multi_dot([rows, mask, columns.t()])
+        return (slice(y0, y1), slice(x0, x1)), values >= self.threshold
+
+    def dense(self) -> torch.Tensor:
+        """All masks over the whole image, (N, height, width) bool."""
+        if self.boxes.is_cuda:  # a few large kernels there instead of many small ones
+            return paste_masks_in_image(
+                self.probabilities, self.boxes, self.size, self.threshold
+            ).bool()
+        masks = torch.zeros(len(self), *self.size, dtype=torch.bool)
+        for index, mask in enumerate(masks):
+            where, inside = self.window(index)
+            mask[where] = inside
+        return masks
+
+
+def _sampling_matrix(
+    first: int, last: int, start: torch.Tensor, end: torch.Tensor, num_values: int
+) -> torch.Tensor:
+    """Bilinear weights (last - first, num_values) of the values of a box for a range of pixels."""
+    pixels = torch.arange(first, last, device=start.device, dtype=torch.float32) + 0.5
+    position = (pixels - start) / (end - start) * num_values - 0.5
+    values = torch.arange(num_values, device=start.device)
+    return (1 - (position[:, None] - values).abs()).clamp_(min=0)

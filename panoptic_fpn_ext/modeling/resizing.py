@@ -1,0 +1,106 @@
+"""Semantic logits at the size of an image, without holding them all.
+
+Detectron2 brings logits to the image in two bilinear steps, both at full resolution: up by the
+head's stride, then to the size of the original image. Each step is linear and separable, so both
+together are one matrix for the rows and one for the columns. The matrices are banded; applied in
+blocks, they touch few inputs each, and a block of rows is reduced to labels while it is in cache.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+BLOCK = 16  # rows or columns of the output computed at once
+
+
+class _Block(NamedTuple):
+    """Outputs ``output`` of an axis depend on inputs ``input`` alone, through ``weights``."""
+
+    input: slice
+    output: slice
+    weights: torch.Tensor  # (outputs, inputs)
+
+
+def upsampled_labels(
+    logits: torch.Tensor, *, stride: int, image_size: tuple[int, int], size: tuple[int, int]
+) -> torch.Tensor:
+    """The class of each pixel: ``upsampled(...).argmax(0)`` with memory for a few rows only.
+
+    Args:
+        logits: (C, h, w), float.
+        stride: how many pixels of the network's input a logit stands for in each direction.
+        image_size: (height, width) of the network's input without padding.
+        size: (height, width) of the result.
+
+    Returns:
+        (height, width) int64.
+    """
+    labels = torch.empty(size, dtype=torch.int64, device=logits.device)
+    for rows, block in _row_blocks(logits, stride, image_size, size):
+        labels[rows] = block.max(dim=-1).indices
+    return labels
+
+
+def upsampled(
+    logits: torch.Tensor, *, stride: int, image_size: tuple[int, int], size: tuple[int, int]
+) -> torch.Tensor:
+    """Logits at the size of the original image, as Detectron2's head and postprocessing give them.
+
+    Args:
+        logits, stride, image_size, size: see :func:`upsampled_labels`.
+
+    Returns:
+        (C, height, width) logits.
+    """
+    result = logits.new_empty(len(logits), *size)
+    for rows, block in _row_blocks(logits, stride, image_size, size):
+        result[:, rows] = block.permute(2, 0, 1)
+    return result
+
+
+def _row_blocks(
+    logits: torch.Tensor, stride: int, image_size: tuple[int, int], size: tuple[int, int]
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Blocks (rows, width, C) of the upsampled logits, from top to bottom."""
+    height, width = size
+    by_pixel = logits.permute(1, 2, 0).contiguous()  # classes side by side
+    num_rows, num_columns, num_classes = by_pixel.shape
+    columns = by_pixel.new_empty(num_rows, width, num_classes)
+    where = logits.device, logits.dtype
+    for block in _blocks(num_columns, stride, image_size[1], width, *where):
+        columns[:, block.output] = block.weights @ by_pixel[:, block.input]
+    columns = columns.flatten(1)
+    for block in _blocks(num_rows, stride, image_size[0], height, *where):
+        rows = block.weights @ columns[block.input]
+        yield block.output, rows.view(-1, width, num_classes)
+
+
+@functools.lru_cache(maxsize=16)
+def _blocks(
+    num_inputs: int,
+    stride: int,
+    image_size: int,
+    num_outputs: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[_Block]:
+    """Both bilinear steps along one axis."""
+    # Interpolating the unit vectors gives the columns of the matrix of an interpolation.
+    matrix = torch.eye(num_inputs)[None]
+    matrix = _interpolate(matrix, num_inputs * stride)[:, :, :image_size]
+    matrix = _interpolate(matrix, num_outputs)[0].t()
+    blocks = []
+    for first in range(0, num_outputs, BLOCK):
+        weights = matrix[first : first + BLOCK]
+        used = weights.any(dim=0).nonzero()
+        inputs = slice(int(used[0]), int(used[-1]) + 1)
+        weights = weights[:, inputs].to(device, dtype).contiguous()
+        blocks.append(_Block(inputs, slice(first, first + len(weights)), weights))
+    return blocks
+
+
+def _interpolate(values: torch.Tensor, length: int) -> torch.Tensor:
+    return F.interpolate(values, size=length, mode="linear", align_corners=False)
