@@ -31,6 +31,11 @@ def add_panoptic_fpn_config(cfg: CfgNode) -> None:
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = FROM_DATASET
     cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = FROM_DATASET
 
+    # Speed, with the same results up to rounding. Memory layout of weights and features:
+    cfg.MODEL.CHANNELS_LAST = True
+    # Frozen batch normalization as part of the convolution before it:
+    cfg.MODEL.FOLD_FROZEN_BN = True
+
     # How the semantic branch brings the levels of the pyramid together: "sum" or "concat".
     cfg.MODEL.SEM_SEG_HEAD.AGGREGATION = "sum"
 

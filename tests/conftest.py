@@ -132,3 +132,22 @@ def training_batch() -> list[dict]:
         image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
         batch.append({"image": image, "instances": instances, "sem_seg": sem_seg})
     return batch
+
+
+def assert_same_outputs(found: dict, expected: dict) -> None:
+    """The outputs of one image are another model's, up to rounding."""
+    assert set(found) == set(expected)
+    torch.testing.assert_close(found["sem_seg"], expected["sem_seg"], atol=1e-4, rtol=1e-3)
+    ours, theirs = found["instances"], expected["instances"]
+    assert len(ours) == len(theirs) > 0
+    torch.testing.assert_close(ours.scores, theirs.scores, atol=1e-4, rtol=0)
+    boxes = ours.pred_boxes.tensor, theirs.pred_boxes.tensor
+    torch.testing.assert_close(*boxes, atol=1e-2, rtol=1e-4)
+    assert torch.equal(ours.pred_classes, theirs.pred_classes)
+    assert (ours.pred_masks != theirs.pred_masks).float().mean() < 1e-3
+    assert (found["panoptic_seg"][0] != expected["panoptic_seg"][0]).float().mean() < 1e-3
+    segments = [
+        [(s["id"], s["isthing"], s["category_id"]) for s in outputs["panoptic_seg"][1]]
+        for outputs in (found, expected)
+    ]
+    assert segments[0] == segments[1] != []

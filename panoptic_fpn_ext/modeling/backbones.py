@@ -19,7 +19,7 @@ OUTPUT_STRIDES = (8, 16, 32)
 
 
 class DilatedResNet(ResNet):
-    """ResNet whose last stages are dilated instead of strided (paper, figure 5b).
+    """ResNet whose last stages are dilated instead of strided (paper, figure 5).
 
     Dilations are Detectron2's: every 3x3 convolution of a stage whose stride was removed is
     dilated by as much as the resolution of the stage has grown.
@@ -55,7 +55,7 @@ class DilatedResNet(ResNet):
 
 
 class SymmetricDecoder(Backbone):
-    """ResNet followed by its mirror image, a U-Net of residual blocks (paper, figure 5c).
+    """ResNet followed by its mirror image, a U-Net of residual blocks (paper, figure 5).
 
     For each stage of the encoder, from the coarsest, the decoder has one of as many blocks, as
     wide. Between them, as in U-Net (arXiv:1505.04597), a 2x2 transposed convolution doubles the
@@ -108,7 +108,7 @@ class SymmetricDecoder(Backbone):
 
 
 class GroupedFPN(FPN):
-    """FPN whose 3x3 convolutions are grouped (paper, section 4.2).
+    """FPN whose 3x3 convolutions are grouped, the grouped FPN of the paper.
 
     Each group of an output's channels depends on the same group of the lateral channels alone, so
     that each branch can be given features of its own. With one group it is :class:`FPN`.

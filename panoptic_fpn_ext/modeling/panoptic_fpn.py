@@ -19,6 +19,7 @@ from torch import nn
 
 from ..config import resolve_dataset_keys
 from ..errors import UserError
+from .acceleration import accelerate
 from .postprocessing import PanopticPostprocessor
 from .semantic_head import SemanticFPNHead
 
@@ -89,11 +90,16 @@ class PanopticFPNExt(GeneralizedRCNN):
             name: ShapeSpec(channels=shape.channels // groups, stride=shape.stride)
             for name, shape in backbone.output_shape().items()
         }
-        return {
+        modules = {
             "backbone": backbone,
             "proposal_generator": build_proposal_generator(cfg, shapes),
             "roi_heads": build_roi_heads(cfg, shapes),
             "sem_seg_head": build_sem_seg_head(cfg, shapes),
+        }
+        for module in modules.values():
+            accelerate(module, cfg)
+        return {
+            **modules,
             "postprocess": PanopticPostprocessor(cfg),
             "instance_loss_weight": cfg.MODEL.PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT,
             "training_schedule": cfg.MODEL.PANOPTIC_FPN.TRAINING,

@@ -8,7 +8,7 @@ blocks, they touch few inputs each, and a block of rows is reduced to labels whi
 
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -104,3 +104,70 @@ def _blocks(
 
 def _interpolate(values: torch.Tensor, length: int) -> torch.Tensor:
     return F.interpolate(values, size=length, mode="linear", align_corners=False)
+
+
+def upsampled_cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, *, stride: int, ignore_value: int
+) -> torch.Tensor:
+    """Mean cross entropy of bilinearly upsampled logits, with memory for a few rows of them.
+
+    Args:
+        logits: (N, C, h, w).
+        targets: (N, h * stride, w * stride) int64 classes.
+        stride: of the logits.
+        ignore_value: pixels of this class do not count.
+
+    Returns:
+        The scalar ``F.cross_entropy(F.interpolate(logits, ...), targets)``; 0, not nan, if no
+        pixel counts.
+    """
+    return _UpsampledCrossEntropy.apply(logits, targets, stride, ignore_value)
+
+
+class _UpsampledCrossEntropy(torch.autograd.Function):
+    """The gradient is made along with the loss, block by block: nothing large is kept for it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, stride: int, ignore_value: int
+    ) -> torch.Tensor:
+        height, width = targets.shape[1:]
+        _, num_classes, num_rows, num_columns = logits.shape
+        where = logits.device, torch.float32
+        row_blocks = _blocks(num_rows, stride, height, height, *where)
+        column_blocks = _blocks(num_columns, stride, width, width, *where)
+        by_pixel = logits.detach().float().permute(0, 2, 3, 1).contiguous()
+        gradient = torch.zeros_like(by_pixel)
+        counted = targets != ignore_value
+        scale = 1 / counted.sum().clamp(min=1)
+        loss = by_pixel.new_zeros((), dtype=torch.float64)
+        columns = by_pixel.new_empty(num_rows, width, num_classes)
+        for image, image_gradient, target, count in zip(
+            by_pixel, gradient, targets, counted, strict=True
+        ):
+            for block in column_blocks:
+                columns[:, block.output] = block.weights @ image[:, block.input]
+            columns_gradient = torch.zeros_like(columns)
+            for block in row_blocks:
+                values = (block.weights @ columns[block.input].flatten(1)).view(-1, num_classes)
+                classes = target[block.output].flatten()[:, None].clamp(max=num_classes - 1)
+                weights = (count[block.output].flatten()[:, None] * scale).float()
+                values = values.log_softmax(dim=1)
+                loss -= (values.gather(1, classes) * weights).sum()
+                values.exp_().scatter_add_(
+                    1, classes, values.new_full((), -1).expand(classes.shape)
+                )
+                values *= weights
+                columns_gradient[block.input].flatten(1).addmm_(
+                    block.weights.t(), values.view(len(block.weights), -1)
+                )
+            for block in column_blocks:
+                image_gradient[:, block.input] += (
+                    block.weights.t() @ columns_gradient[:, block.output]
+                )
+        ctx.save_for_backward(gradient.permute(0, 3, 1, 2).to(logits.dtype))
+        return loss.to(logits.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return ctx.saved_tensors[0] * grad_output, None, None, None

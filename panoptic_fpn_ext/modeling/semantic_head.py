@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..errors import UserError
+from .resizing import upsampled_cross_entropy
 
 AGGREGATIONS = ("sum", "concat")
 
@@ -110,10 +111,21 @@ class SemanticFPNHead(nn.Module):
 
     def layers(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
         """The logits at the common stride: (N, num_classes, H / stride, W / stride)."""
-        levels = (getattr(self, name)(features[name]) for name in self.in_features)
         if self.aggregation == "concat":
-            return self.predictor(torch.cat(list(levels), dim=1))
-        return self.predictor(functools.reduce(torch.add, levels))
+            levels = [getattr(self, name)(features[name]) for name in self.in_features]
+            return self.predictor(torch.cat(levels, dim=1))
+        # Upsampling is linear: the levels that end with it are summed first and go through it once.
+        final, earlier = [], []
+        for name in self.in_features:
+            stages = getattr(self, name)
+            if isinstance(stages[-1], nn.Upsample):
+                earlier.append(stages[:-1](features[name]))
+            else:
+                final.append(stages(features[name]))
+        if earlier:
+            upsample = getattr(self, self.in_features[-1])[-1]
+            final.append(upsample(functools.reduce(torch.add, earlier)))
+        return self.predictor(functools.reduce(torch.add, final))
 
     def upsample(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits of :meth:`layers`, brought to the size of the image."""
@@ -128,8 +140,8 @@ class SemanticFPNHead(nn.Module):
             logits: those of :meth:`layers`.
             targets: (N, H, W) int64.
         """
-        loss = F.cross_entropy(
-            self.upsample(logits.float()), targets, ignore_index=self.ignore_value
+        loss = upsampled_cross_entropy(
+            logits.float(), targets, stride=self.common_stride, ignore_value=self.ignore_value
         )
         return {"loss_sem_seg": loss * self.loss_weight}
 

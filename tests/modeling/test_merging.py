@@ -2,9 +2,10 @@
 
 import torch
 from detectron2.modeling.meta_arch.panoptic_fpn import combine_semantic_and_instance_outputs
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision.ops import batched_nms, box_iou
 
 from panoptic_fpn_ext.modeling import merge_panoptic
 
@@ -77,3 +78,44 @@ def test_regions_without_a_pixel_are_no_segments():
         score_threshold=0.0,
     )
     assert [s["isthing"] for s in segments_info] == [True]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    num_instances=st.integers(0, 12),
+    nms_threshold=st.sampled_from([0.1, 0.3, 0.5, 0.7, 1.0]),
+    score=st.sampled_from([0.0, 0.4]),
+)
+def test_suppression_is_nms_over_all_classes_at_once(seed, num_instances, nms_threshold, score):
+    """By a plain loop over pairs, and by torchvision with all instances in one class."""
+    instances, sem_seg = random_outputs(seed, num_instances)
+    rng = torch.Generator().manual_seed(seed)
+    corners = torch.rand(num_instances, 2, generator=rng) * 12
+    sizes = torch.rand(num_instances, 2, generator=rng) * 12 + 1
+    boxes = torch.cat([corners, corners + sizes], dim=1)
+    instances.pred_boxes = Boxes(boxes)
+    thresholds = {
+        "thing_sem_seg_ids": {0},
+        "overlap_threshold": 0.5,
+        "stuff_area_limit": 1,
+        "score_threshold": score,
+    }
+
+    iou = box_iou(boxes, boxes)
+    survivors: list[int] = []
+    for index in instances.scores.argsort(descending=True).tolist():
+        if all(iou[index, other] <= nms_threshold for other in survivors):
+            survivors.append(index)
+    one_class = torch.zeros(num_instances, dtype=torch.int64)
+    assert batched_nms(boxes, instances.scores, one_class, nms_threshold).tolist() == survivors
+
+    expected, expected_info = merge_panoptic(instances[survivors], sem_seg, **thresholds)
+    for segment in expected_info:
+        if segment["isthing"]:
+            segment["instance_id"] = survivors[segment["instance_id"]]
+    panoptic_seg, segments_info = merge_panoptic(
+        instances, sem_seg, nms_threshold=nms_threshold, **thresholds
+    )
+    assert segments_info == expected_info
+    assert torch.equal(panoptic_seg, expected)

@@ -8,12 +8,24 @@ from torch.testing import assert_close
 
 from panoptic_fpn_ext import UserError, add_panoptic_fpn_config
 
+from ..conftest import assert_same_outputs
+
 
 @pytest.fixture
 def models(detectron2_cfg, ext_cfg):
     theirs, ours = build_model(detectron2_cfg), build_model(ext_cfg)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return ours, theirs
+
+
+@pytest.fixture
+def full_cfg(ext_cfg):
+    """With the keys of this project."""
+    counts = ext_cfg.MODEL.ROI_HEADS.NUM_CLASSES, ext_cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    add_panoptic_fpn_config(ext_cfg)
+    ext_cfg.MODEL.ROI_HEADS.NUM_CLASSES, ext_cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = counts
+    ext_cfg.MODEL.DEVICE = "cpu"
+    return ext_cfg
 
 
 def losses_of(model, batch):
@@ -23,10 +35,14 @@ def losses_of(model, batch):
         return model(batch)
 
 
-def test_losses_equal(models, training_batch):
-    ours, theirs = (losses_of(model, training_batch) for model in models)
-    assert set(ours) == set(theirs)
-    assert_close(ours, theirs)
+def test_losses_equal(detectron2_cfg, full_cfg, training_batch):
+    # Another memory layout rounds differently, and then other boxes may be sampled.
+    full_cfg.MODEL.CHANNELS_LAST = False
+    theirs, ours = build_model(detectron2_cfg), build_model(full_cfg)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    expected, found = losses_of(theirs, training_batch), losses_of(ours, training_batch)
+    assert set(found) == set(expected)
+    assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_instance_loss_weight_is_on_all_of_the_instance_branch(models, training_batch):
@@ -48,15 +64,7 @@ def test_outputs_equal(models, training_batch, size):
     with torch.no_grad():
         ours, theirs = (model.eval()(inputs) for model in models)
     for mine, built_in in zip(ours, theirs, strict=True):
-        assert set(mine) == set(built_in)
-        assert_close(mine["sem_seg"], built_in["sem_seg"])
-        assert len(built_in["instances"]) > 0
-        for field in ("scores", "pred_classes", "pred_masks"):
-            assert_close(mine["instances"].get(field), built_in["instances"].get(field))
-        assert_close(mine["instances"].pred_boxes.tensor, built_in["instances"].pred_boxes.tensor)
-        assert len(built_in["panoptic_seg"][1]) > 0
-        assert_close(mine["panoptic_seg"][0], built_in["panoptic_seg"][0])
-        assert mine["panoptic_seg"][1] == built_in["panoptic_seg"][1]
+        assert_same_outputs(mine, built_in)
 
 
 def test_raw_outputs_equal(models, training_batch):
@@ -64,8 +72,9 @@ def test_raw_outputs_equal(models, training_batch):
         (ours, our_logits), (theirs, their_logits) = (
             model.eval().inference(training_batch, do_postprocess=False) for model in models
         )
-    assert_close(our_logits, their_logits)
-    assert_close(ours[0].pred_boxes.tensor, theirs[0].pred_boxes.tensor)
+    assert_close(our_logits, their_logits, atol=1e-4, rtol=1e-3)
+    boxes = ours[0].pred_boxes.tensor, theirs[0].pred_boxes.tensor
+    assert_close(*boxes, atol=1e-2, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -85,16 +94,6 @@ def test_only_the_outputs_asked_for(models, training_batch, outputs, unused, mon
     with torch.no_grad():
         results = model(training_batch)
     assert [set(r) for r in results] == [set(outputs)] * 2
-
-
-@pytest.fixture
-def full_cfg(ext_cfg):
-    """With the keys of this project."""
-    counts = ext_cfg.MODEL.ROI_HEADS.NUM_CLASSES, ext_cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
-    add_panoptic_fpn_config(ext_cfg)
-    ext_cfg.MODEL.ROI_HEADS.NUM_CLASSES, ext_cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = counts
-    ext_cfg.MODEL.DEVICE = "cpu"
-    return ext_cfg
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,11 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from panoptic_fpn_ext.modeling.resizing import upsampled, upsampled_labels
+from panoptic_fpn_ext.modeling.resizing import (
+    upsampled,
+    upsampled_cross_entropy,
+    upsampled_labels,
+)
 
 
 @settings(max_examples=80, deadline=None)
@@ -37,3 +41,35 @@ def test_large_images_need_memory_for_a_few_rows_only():
     logits = torch.randn(54, 50, 80)
     labels = upsampled_labels(logits, stride=4, image_size=(200, 320), size=(2448, 3264))
     assert labels.shape == (2448, 3264)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    grid=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    stride=st.sampled_from([1, 4]),
+    ignored=st.sampled_from([0.0, 0.3, 0.95]),
+)
+def test_loss_and_gradient_equal_pytorchs(seed, grid, stride, ignored):
+    rng = torch.Generator().manual_seed(seed)
+    logits = (3 * torch.randn(2, 5, *grid, generator=rng)).requires_grad_()
+    size = (2, grid[0] * stride, grid[1] * stride)
+    targets = torch.randint(0, 5, size, generator=rng)
+    targets[torch.rand(size, generator=rng) < ignored] = 255
+    targets[0, 0, 0] = 3  # something counts
+    full = F.interpolate(logits, scale_factor=stride, mode="bilinear", align_corners=False)
+    expected = F.cross_entropy(full, targets, ignore_index=255)
+    (expected_gradient,) = torch.autograd.grad(2 * expected, logits)
+    loss = upsampled_cross_entropy(logits, targets, stride=stride, ignore_value=255)
+    (gradient,) = torch.autograd.grad(2 * loss, logits)
+    assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    assert_close(gradient, expected_gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_loss_without_a_pixel_that_counts_is_0():
+    logits = torch.randn(1, 5, 4, 4, requires_grad=True)
+    targets = torch.full((1, 16, 16), 255)
+    loss = upsampled_cross_entropy(logits, targets, stride=4, ignore_value=255)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert loss == 0
+    assert not gradient.any()
