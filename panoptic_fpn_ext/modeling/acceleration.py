@@ -1,24 +1,20 @@
 """Faster modules with the parameters, and up to rounding the results, of Detectron2's."""
 
 import torch
-from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import nn
 from torch.nn import functional as F
 
 
-def accelerate(model: nn.Module, cfg: CfgNode) -> None:
-    """Apply what ``MODEL.CHANNELS_LAST`` and ``MODEL.FOLD_FROZEN_BN`` ask for, in place.
+def fold_frozen_batch_norm(model: nn.Module) -> None:
+    """Make each convolution with a frozen batch normalization a :class:`FoldedConv2d`, in place.
 
     Names, shapes and values of parameters and buffers stay.
     """
-    if cfg.MODEL.FOLD_FROZEN_BN:
-        for module in model.modules():
-            if type(module) is Conv2d and isinstance(module.norm, FrozenBatchNorm2d):
-                module.__class__ = FoldedConv2d
-                module.folded = None
-    if cfg.MODEL.CHANNELS_LAST:
-        model.to(memory_format=torch.channels_last)
+    for module in model.modules():
+        if type(module) is Conv2d and isinstance(module.norm, FrozenBatchNorm2d):
+            module.__class__ = FoldedConv2d
+            module.folded = None
 
 
 class FoldedConv2d(Conv2d):

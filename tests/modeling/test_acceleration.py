@@ -4,13 +4,11 @@ import copy
 
 import pytest
 import torch
-from detectron2.config import get_cfg
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import nn
 from torch.testing import assert_close
 
-from panoptic_fpn_ext import add_panoptic_fpn_config
-from panoptic_fpn_ext.modeling.acceleration import accelerate
+from panoptic_fpn_ext.modeling.acceleration import fold_frozen_batch_norm
 
 
 @pytest.fixture(params=[True, False], ids=["bias", "no bias"])
@@ -31,10 +29,8 @@ def pair(request):
         Conv2d(8, 4, 1),
     )
     randomize(network)
-    cfg = get_cfg()
-    add_panoptic_fpn_config(cfg)
     accelerated = copy.deepcopy(network)
-    accelerate(accelerated, cfg)
+    fold_frozen_batch_norm(accelerated)
     return network, accelerated
 
 

@@ -35,12 +35,8 @@ def losses_of(model, batch):
         return model(batch)
 
 
-def test_losses_equal(detectron2_cfg, full_cfg, training_batch):
-    # Another memory layout rounds differently, and then other boxes may be sampled.
-    full_cfg.MODEL.CHANNELS_LAST = False
-    theirs, ours = build_model(detectron2_cfg), build_model(full_cfg)
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    expected, found = losses_of(theirs, training_batch), losses_of(ours, training_batch)
+def test_losses_equal(models, training_batch):
+    found, expected = (losses_of(model, training_batch) for model in models)
     assert set(found) == set(expected)
     assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
