@@ -9,12 +9,15 @@ REQUIREMENTS := $(VENV)/.requirements
 PROJECT := $(VENV)/.project
 
 .DEFAULT_GOAL := help
-.PHONY: env quickstart test lint format clean help FORCE
+.PHONY: env quickstart prepare-cityscapes test lint format clean help FORCE
 
 env: $(PROJECT)  ## make .venv, the reference environment (5.5 GB, 2 minutes); PYTHON=... picks its Python
 
 quickstart: $(PROJECT)  ## train, evaluate and draw on a small made-up dataset
 	$(BIN)/python tools/quickstart.py
+
+prepare-cityscapes: $(PROJECT)  ## make the panoptic annotations of Cityscapes (see datasets/README.md)
+	$(BIN)/python datasets/prepare_cityscapes.py
 
 test: $(PROJECT)  ## run the tests
 	$(BIN)/python -m pytest
@@ -32,7 +35,7 @@ clean:  ## delete .venv, builds and caches; output/ and datasets/ stay
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 help:
-	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
 

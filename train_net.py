@@ -10,19 +10,23 @@ import sys
 
 from panoptic_fpn_ext import UserError  # isort: skip  (says what to do without a Detectron2)
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
-from panoptic_fpn_ext.engine import Trainer, launch, setup
+from panoptic_fpn_ext.data import register_datasets_of_config
+from panoptic_fpn_ext.engine import PanopticFPNCheckpointer, Trainer, launch, setup
 
 
 def main(args: argparse.Namespace, cfg: CfgNode) -> None:
     """Run in each process."""
     default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="panoptic_fpn_ext")
+    register_datasets_of_config(cfg)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        checkpointer = PanopticFPNCheckpointer(model, cfg.OUTPUT_DIR, complete=True)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         Trainer.test(cfg, model)
     else:

@@ -2,6 +2,11 @@
 
 from . import builtin
 from .mapper import PanopticFPNMapper
-from .registration import register_panoptic_dataset
+from .registration import register_datasets_of_config, register_panoptic_dataset
 
-__all__ = ["PanopticFPNMapper", "builtin", "register_panoptic_dataset"]
+__all__ = [
+    "PanopticFPNMapper",
+    "builtin",
+    "register_datasets_of_config",
+    "register_panoptic_dataset",
+]

@@ -1,6 +1,5 @@
 """From a record of a dataset to the model's input."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,10 +9,14 @@ from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
+from detectron2.structures import BitMasks, PolygonMasks, polygons_to_bitmask
+from PIL import UnidentifiedImageError
+from pycocotools import mask as rle
 
 from ..errors import UserError
+from .augmentation import PanopticAugInput, build_augmentation
 from .panoptic_png import read_panoptic_png
-from .targets import index_segments, instances_from_index, sem_seg_from_index, transform_index
+from .targets import index_segments, instance_places, instances_from_index, sem_seg_from_index
 
 
 class PanopticFPNMapper(DatasetMapper):
@@ -24,7 +27,8 @@ class PanopticFPNMapper(DatasetMapper):
     * ``image``: (C, H, W) uint8 tensor;
     * ``sem_seg``, in training: (H, W) int64 tensor of semantic classes, void ``ignore_label``;
     * ``instances``, in training: from the record's ``annotations`` where it has them, else from the
-      panoptic PNG (masks as :class:`BitMasks`).
+      panoptic PNG. Masks are :class:`BitMasks`; for ``instance_mask_format`` ``"polygon"`` they are
+      :class:`PolygonMasks` where all annotations are polygons and the image is not cropped.
 
     Records without ``pan_seg_file_name`` (those of Detectron2's own datasets) are mapped as
     Detectron2 does.
@@ -43,16 +47,20 @@ class PanopticFPNMapper(DatasetMapper):
         Args:
             is_train: whether to make targets.
             thing_sem_seg_ids: the semantic class of each thing category.
-            ignore_label: the semantic class of void.
+            ignore_label: the semantic class of void, 0 to 255.
             detectron2_args: those of :class:`detectron2.data.DatasetMapper`.
         """
         super().__init__(is_train, **detectron2_args)
+        if not 0 <= ignore_label <= 255:
+            raise UserError(f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE {ignore_label}: must be 0 to 255")
         self.thing_sem_seg_ids = tuple(thing_sem_seg_ids)
         self.ignore_label = ignore_label
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        augmentations = build_augmentation(cfg, is_train)
         args = super().from_config(cfg, is_train)
+        args["augmentations"] = augmentations
         args["ignore_label"] = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
         args["thing_sem_seg_ids"] = ()
         if is_train and cfg.DATASETS.TRAIN:
@@ -69,41 +77,137 @@ class PanopticFPNMapper(DatasetMapper):
         if "pan_seg_file_name" not in dataset_dict:
             return super().__call__(dataset_dict)
         dataset_dict = dict(dataset_dict)
-        image = self._read_image(dataset_dict)
-        aug_input = T.AugInput(image)
-        transforms = self.augmentations(aug_input)
-        image = aug_input.image
-        dataset_dict["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
-        annotations = dataset_dict.pop("annotations", None)
+        image = read_image(dataset_dict, self.image_format)
         if not self.is_train:
+            dataset_dict.pop("annotations", None)
+            aug_input = T.AugInput(image)
+            transforms = self.augmentations(aug_input)
+            self._add_image(dataset_dict, aug_input.image, transforms)
             return dataset_dict
 
         png, segments_info = dataset_dict["pan_seg_file_name"], dataset_dict.pop("segments_info")
         index = index_segments(read_panoptic_png(png), segments_info, source=png)
-        if index.shape != (dataset_dict["height"], dataset_dict["width"]):
-            raise UserError(
-                f"{png}: {index.shape[1]}x{index.shape[0]} pixels, but its image has "
-                f"{dataset_dict['width']}x{dataset_dict['height']}"
-            )
-        index = transform_index(index, transforms)
+        _check_size(png, index, dataset_dict)
+        aug_input = PanopticAugInput(
+            image, index=index, instance_places=instance_places(segments_info)
+        )
+        transforms = self.augmentations(aug_input)
+        self._add_image(dataset_dict, aug_input.image, transforms)
         sem_seg = sem_seg_from_index(
-            index,
+            aug_input.index,
             segments_info,
             thing_sem_seg_ids=self.thing_sem_seg_ids,
             ignore_label=self.ignore_label,
         )
-        dataset_dict["sem_seg"] = torch.as_tensor(sem_seg.astype("long"))
-        if annotations is None:
-            dataset_dict["instances"] = instances_from_index(index, segments_info)
+        dataset_dict["sem_seg"] = torch.from_numpy(sem_seg).long()
+        if "annotations" in dataset_dict:
+            self._transform_annotations(dataset_dict, transforms, aug_input.image.shape[:2])
         else:
-            dataset_dict["annotations"] = copy.deepcopy(annotations)
-            self._transform_annotations(dataset_dict, transforms, image.shape[:2])
+            dataset_dict["instances"] = instances_from_index(
+                aug_input.index, segments_info, with_masks=self.use_instance_mask
+            )
         return dataset_dict
 
-    def _read_image(self, dataset_dict: dict[str, Any]) -> np.ndarray:
-        try:
-            image = utils.read_image(dataset_dict["file_name"], format=self.image_format)
-            utils.check_image_size(dataset_dict, image)
-        except (OSError, SyntaxError, utils.SizeMismatchError) as error:
-            raise UserError(f"{dataset_dict['file_name']}: {error}") from error
-        return image
+    def _add_image(
+        self, dataset_dict: dict[str, Any], image: np.ndarray, transforms: T.TransformList
+    ) -> None:
+        dataset_dict["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        if self.proposal_topk is not None:
+            utils.transform_proposals(
+                dataset_dict, image.shape[:2], transforms, proposal_topk=self.proposal_topk
+            )
+
+    def _transform_annotations(
+        self, dataset_dict: dict[str, Any], transforms: T.TransformList, image_shape: tuple
+    ) -> None:
+        """Replace ``annotations`` with ``instances``; those without a pixel left are dropped."""
+        annotations = [dict(a) for a in dataset_dict.pop("annotations") if not a.get("iscrowd", 0)]
+        segmentations = [a.pop("segmentation", None) for a in annotations]
+        for annotation in annotations:
+            keypoints = annotation.pop("keypoints", None)
+            if self.use_keypoint and keypoints is not None:
+                annotation["keypoints"] = np.array(keypoints, dtype=np.float64)
+            utils.transform_instance_annotations(
+                annotation,
+                transforms,
+                image_shape,
+                keypoint_hflip_indices=self.keypoint_hflip_indices,
+            )
+        instances = utils.annotations_to_instances(annotations, image_shape)
+        if self.use_instance_mask:
+            source = dataset_dict["file_name"]
+            instances.gt_masks = self._masks(segmentations, transforms, image_shape, source)
+            if self.recompute_boxes:
+                instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
+        dataset_dict["instances"] = utils.filter_empty_instances(instances)
+
+    def _masks(
+        self,
+        segmentations: list[Any],
+        transforms: T.TransformList,
+        image_shape: tuple[int, int],
+        source: str,
+    ) -> BitMasks | PolygonMasks:
+        """The transformed masks of an image, all of one kind."""
+        if any(segmentation is None for segmentation in segmentations):
+            raise UserError(
+                f"{source}: an instance annotation has no 'segmentation'; instances with boxes "
+                "alone need MODEL.MASK_ON False"
+            )
+        # A cropped polygon would have to be clipped; clipping its mask is exact and needs nothing.
+        cropped = any(isinstance(t, T.CropTransform) for t in transforms.transforms)
+        if (
+            self.instance_mask_format == "polygon"
+            and not cropped
+            and all(isinstance(segmentation, list) for segmentation in segmentations)
+        ):
+            return PolygonMasks([_transform_polygons(s, transforms) for s in segmentations])
+        masks = np.zeros((len(segmentations), *image_shape), dtype=bool)
+        for mask, segmentation in zip(masks, segmentations, strict=True):
+            if isinstance(segmentation, list):
+                polygons = _transform_polygons(segmentation, transforms)
+                mask[:] = polygons_to_bitmask(polygons, *image_shape)
+                continue
+            if isinstance(segmentation, dict):
+                segmentation = rle.decode(segmentation)
+            segmentation = transforms.apply_segmentation(np.asarray(segmentation, dtype=np.uint8))
+            if segmentation.shape != tuple(image_shape):
+                raise UserError(
+                    f"{source}: the mask of an instance annotation is not of the image's size"
+                )
+            mask[:] = segmentation
+        return BitMasks(torch.from_numpy(masks))
+
+
+def _transform_polygons(polygons: list[Any], transforms: T.TransformList) -> list[np.ndarray]:
+    """Polygons [x0, y0, x1, y1, ...], moved but not clipped."""
+    # New arrays: transforms work in place.
+    coordinates = [np.array(p, dtype=np.float64).reshape(-1, 2) for p in polygons]
+    return [transforms.apply_coords(c).reshape(-1) for c in coordinates]
+
+
+def read_image(dataset_dict: dict[str, Any], image_format: str) -> np.ndarray:
+    """Read the image of a record, (H, W, C) uint8.
+
+    Raises:
+        UserError: it is missing or damaged, or not of the size that the record says.
+    """
+    file_name = dataset_dict["file_name"]
+    try:
+        image = utils.read_image(file_name, format=image_format)
+    except UnidentifiedImageError as error:
+        raise UserError(f"{file_name}: cannot read the image: not an image file") from error
+    except Exception as error:  # decoders raise whatever they like on damaged files
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"{file_name}: cannot read the image: {reason}") from error
+    _check_size(file_name, image, dataset_dict)
+    return image
+
+
+def _check_size(file_name: str, image: np.ndarray, dataset_dict: dict[str, Any]) -> None:
+    height, width = dataset_dict["height"], dataset_dict["width"]
+    if image.shape[:2] != (height, width):
+        raise UserError(
+            f"{file_name}: {image.shape[1]}x{image.shape[0]} pixels (width x height), but the "
+            f"annotations say {width}x{height}"
+        )

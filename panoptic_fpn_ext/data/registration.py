@@ -4,17 +4,23 @@ Nothing is read before it is needed: categories when metadata is first asked for
 dataset is loaded.
 """
 
-import json
+import inspect
+import logging
 import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
-from detectron2.data.datasets import load_coco_json
+from detectron2.structures import BoxMode
+from pycocotools import mask as rle
 
 from ..errors import UserError
+from .coco_json import category_faults, instances_faults, panoptic_faults, raise_first, read_json
+
+logger = logging.getLogger(__name__)
 
 LABEL_SPACES = ("separated", "full")
 
@@ -28,7 +34,7 @@ def register_panoptic_dataset(
     *,
     label_space: str = "separated",
     categories: Sequence[dict[str, Any]] | None = None,
-    evaluators: Sequence[str] | None = None,
+    evaluators: Sequence[str] = ("panoptic_seg", "sem_seg", "instances"),
     **metadata: Any,
 ) -> None:
     """Register a dataset in the COCO panoptic format with Detectron2's catalogs.
@@ -44,18 +50,25 @@ def register_panoptic_dataset(
             stuff categories (as for COCO). ``"full"``: every category has its own, in the order
             of their ids (as for Cityscapes).
         categories: the ``categories`` of the JSON, where they are known without reading it.
-        evaluators: names in ``EVALUATOR_REGISTRY``: what the dataset is evaluated with. By
-            default all of them, ``"instances"`` only with an ``instances_json``.
-        metadata: anything else to keep in the dataset's metadata.
+        evaluators: names in ``EVALUATOR_REGISTRY``: what the dataset is evaluated with.
+        metadata: anything else to keep in the dataset's metadata. With ``image_file_name``, a
+            function, an image's path below ``image_root`` is what that gives for its entry in the
+            JSON's ``images``; by default the entry's ``file_name``.
+
+    Raises:
+        UserError: a name that is taken, or a label space that does not exist.
     """
     if label_space not in LABEL_SPACES:
         raise UserError(f"dataset {name}: label_space {label_space!r} is not one of {LABEL_SPACES}")
 
-    if evaluators is None:
-        evaluators = ("panoptic_seg", "sem_seg", *(["instances"] if instances_json else []))
+    if name in DatasetCatalog.list():
+        raise UserError(f"dataset {name}: another one is registered by this name")
 
     def load_categories() -> dict[str, Any]:
-        found = categories if categories is not None else _read_json(panoptic_json)["categories"]
+        found = categories
+        if found is None:
+            content = read_json(panoptic_json)
+            found = content.get("categories") if isinstance(content, dict) else None
         return categories_to_metadata(found, label_space=label_space, source=str(panoptic_json))
 
     MetadataCatalog[name] = _LazyMetadata(
@@ -74,56 +87,138 @@ def register_panoptic_dataset(
     DatasetCatalog.register(name, lambda: load_panoptic_dataset(name))
 
 
+def register_datasets_of_config(cfg: CfgNode) -> None:
+    """Register the datasets of ``DATASETS.PANOPTIC``; those that already are, stay.
+
+    Raises:
+        UserError: an entry that is not a dict of arguments of :func:`register_panoptic_dataset`.
+    """
+    known = dict(inspect.signature(register_panoptic_dataset).parameters)
+    del known["metadata"]
+    required = [name for name, parameter in known.items() if parameter.default is parameter.empty]
+    for place, arguments in enumerate(cfg.DATASETS.get("PANOPTIC", ())):
+        where = f"DATASETS.PANOPTIC[{place}]"
+        if not isinstance(arguments, dict):
+            raise UserError(f"{where}: {arguments!r} is not a dict with {', '.join(required)}")
+        for name in required:
+            if name not in arguments:
+                raise UserError(f"{where}: no {name!r}; needed are {', '.join(required)}")
+        for name in arguments:
+            if name not in known:
+                raise UserError(f"{where}: unknown {name!r}; allowed are {', '.join(known)}")
+        if arguments["name"] not in DatasetCatalog.list():
+            register_panoptic_dataset(**arguments)
+            continue
+        there = MetadataCatalog.get(arguments["name"]).as_dict()
+        if there.get("panoptic_json") != arguments["panoptic_json"]:
+            raise UserError(
+                f"{where}: a dataset named {arguments['name']} is registered already: choose "
+                "another name"
+            )
+
+
 def load_panoptic_dataset(name: str) -> list[dict[str, Any]]:
     """The records of a dataset of :func:`register_panoptic_dataset`.
 
     Returns:
         Dicts of Detectron2's dataset format with ``file_name``, ``image_id``, ``height``,
         ``width``, ``pan_seg_file_name``, ``segments_info`` (category ids contiguous) and, where
-        the dataset has an instances JSON, ``annotations``.
+        the dataset has an instances JSON, ``annotations``. Images without an annotation are left
+        out.
+
+    Raises:
+        UserError: the first fault in either JSON.
     """
     metadata = MetadataCatalog.get(name)
     source = metadata.panoptic_json
-    content = _read_json(source)
+    content = read_json(source)
     things = metadata.thing_dataset_id_to_contiguous_id
     stuff = metadata.stuff_dataset_id_to_contiguous_id
+    _check_categories(content, metadata)
+    raise_first(panoptic_faults(content, source=source, category_ids={*things, *stuff}))
+    image_file_name = metadata.get("image_file_name", itemgetter("file_name"))
 
-    def segment(info: dict[str, Any], image_id: Any) -> dict[str, Any]:
-        category = info.get("category_id")
+    def segment(info: dict[str, Any]) -> dict[str, Any]:
+        category = info["category_id"]
         isthing = category in things
-        if not isthing and category not in stuff:
-            raise UserError(
-                f"{source}: image {image_id}: segment {info.get('id')} has category_id {category}, "
-                "which is not among the categories"
-            )
         contiguous = things[category] if isthing else stuff[category]
         return {"iscrowd": 0, **info, "category_id": contiguous, "isthing": isthing}
 
-    try:
-        images = {image["id"]: image for image in content["images"]}
-        records = []
-        for annotation in content["annotations"]:
-            image_id = annotation["image_id"]
-            image = images[image_id]
-            records.append(
-                {
-                    "file_name": os.path.join(metadata.image_root, image["file_name"]),
-                    "image_id": image_id,
-                    "height": image["height"],
-                    "width": image["width"],
-                    "pan_seg_file_name": os.path.join(
-                        metadata.panoptic_root, annotation["file_name"]
-                    ),
-                    "segments_info": [segment(s, image_id) for s in annotation["segments_info"]],
-                }
-            )
-    except KeyError as error:
-        raise UserError(f"{source}: no {error} where the COCO panoptic format has one") from error
-    if not records:
-        raise UserError(f"{source}: no annotations")
+    images = {image["id"]: image for image in content["images"]}
+    records = []
+    for annotation in content["annotations"]:
+        image = images[annotation["image_id"]]
+        records.append(
+            {
+                "file_name": os.path.join(metadata.image_root, image_file_name(image)),
+                "image_id": image["id"],
+                "height": image["height"],
+                "width": image["width"],
+                "pan_seg_file_name": os.path.join(metadata.panoptic_root, annotation["file_name"]),
+                "segments_info": [segment(info) for info in annotation["segments_info"]],
+            }
+        )
     if "json_file" in metadata.as_dict():
-        _add_instances(records, metadata)
+        annotations = load_instances(
+            metadata.json_file, thing_ids=things, images={r["image_id"]: r for r in records}
+        )
+        for record in records:
+            record["annotations"] = annotations[record["image_id"]]
     return records
+
+
+def load_instances(
+    instances_json: str, *, thing_ids: Mapping[int, int], images: Mapping[Hashable, dict[str, Any]]
+) -> dict[Hashable, list[dict[str, Any]]]:
+    """Instance annotations by image id, as Detectron2's ``load_coco_json`` has them.
+
+    Args:
+        instances_json: annotations in the format of COCO instances.
+        thing_ids: from the category ids of the JSON to contiguous ones.
+        images: the images to load, dicts with ``height`` and ``width``, by id.
+
+    Raises:
+        UserError: the first fault in the JSON.
+    """
+    content = read_json(instances_json)
+    raise_first(
+        instances_faults(content, source=instances_json, things=thing_ids.keys(), images=images)
+    )
+    loaded: dict[Hashable, list[dict[str, Any]]] = {image_id: [] for image_id in images}
+    without_mask = 0
+    for annotation in content["annotations"]:
+        if annotation["image_id"] not in loaded:
+            continue
+        instance = {
+            "iscrowd": annotation.get("iscrowd", 0),
+            "bbox": annotation["bbox"],
+            "bbox_mode": BoxMode.XYWH_ABS,
+            "category_id": thing_ids[annotation["category_id"]],
+        }
+        mask = annotation.get("segmentation")
+        if isinstance(mask, list) and mask:
+            mask = [polygon for polygon in mask if len(polygon) % 2 == 0 and len(polygon) >= 6]
+            if not mask:
+                without_mask += 1
+                continue
+        elif mask and isinstance(mask["counts"], list):
+            mask = rle.frPyObjects(mask, *mask["size"])
+        if mask:
+            instance["segmentation"] = mask
+        if annotation.get("keypoints"):
+            # Pixels there, coordinates here.
+            instance["keypoints"] = [
+                value + 0.5 if k % 3 < 2 else value
+                for k, value in enumerate(annotation["keypoints"])
+            ]
+        loaded[annotation["image_id"]].append(instance)
+    if without_mask:
+        logger.warning(
+            "%s: left out %d instances whose polygons have less than 3 points each",
+            instances_json,
+            without_mask,
+        )
+    return loaded
 
 
 def categories_to_metadata(
@@ -135,16 +230,11 @@ def categories_to_metadata(
         categories: dicts with ``id``, ``name``, ``isthing`` and, where there is one, ``color``.
         label_space: see :func:`register_panoptic_dataset`.
         source: the file they come from, for errors.
-    """
-    for category in categories:
-        for field in ("id", "name", "isthing"):
-            if field not in category:
-                raise UserError(f"{source}: category {category} has no field {field!r}")
-    ids = [c["id"] for c in categories]
-    if len(set(ids)) < len(ids):
-        twice = next(i for i in ids if ids.count(i) > 1)
-        raise UserError(f"{source}: two categories have the id {twice}")
 
+    Raises:
+        UserError: the first fault in the categories.
+    """
+    raise_first(category_faults(categories, source=source))
     # By id, as Detectron2 and pycocotools order them.
     categories = sorted(categories, key=lambda category: category["id"])
     things = [c for c in categories if c["isthing"]]
@@ -171,6 +261,22 @@ def categories_to_metadata(
     }
 
 
+def _check_categories(content: Any, metadata: Metadata) -> None:
+    """Raise UserError if a panoptic JSON has categories that its dataset was registered without."""
+    known = {
+        *metadata.thing_dataset_id_to_contiguous_id,
+        *metadata.stuff_dataset_id_to_contiguous_id,
+    }
+    categories = content.get("categories") if isinstance(content, dict) else None
+    for category in categories if isinstance(categories, list) else ():
+        if isinstance(category, dict) and category.get("id") not in known:
+            raise UserError(
+                f"{metadata.panoptic_json}: category {category.get('id')} "
+                f"({category.get('name')}) is none that dataset {metadata.name} is registered "
+                f"with; their ids are {', '.join(map(str, sorted(known)))}"
+            )
+
+
 class _LazyMetadata(Metadata):
     """Metadata whose class names, colours and id maps are loaded when first asked for."""
 
@@ -191,35 +297,6 @@ class _LazyMetadata(Metadata):
 
     def as_dict(self) -> dict[str, Any]:
         return {k: v for k, v in super().as_dict().items() if k != "_load"}
-
-
-def _add_instances(records: list[dict[str, Any]], metadata: Metadata) -> None:
-    """Add the instance annotations of ``metadata.json_file`` to the records, in place."""
-    if not Path(metadata.json_file).is_file():
-        raise UserError(f"dataset {metadata.name}: no such file {metadata.json_file}")
-    to_contiguous = metadata.thing_dataset_id_to_contiguous_id
-    # Without a dataset name, load_coco_json leaves metadata and category ids alone.
-    with_instances = load_coco_json(metadata.json_file, metadata.image_root)
-    annotations = {r["image_id"]: r["annotations"] for r in with_instances}
-    for record in records:
-        record["annotations"] = annotations.get(record["image_id"], [])
-        for annotation in record["annotations"]:
-            if annotation["category_id"] not in to_contiguous:
-                raise UserError(
-                    f"{metadata.json_file}: image {record['image_id']}: category_id "
-                    f"{annotation['category_id']} is not a thing category of "
-                    f"{metadata.panoptic_json}"
-                )
-            annotation["category_id"] = to_contiguous[annotation["category_id"]]
-
-
-def _read_json(path: str | os.PathLike) -> dict[str, Any]:
-    try:
-        return json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not a JSON file ({error})") from error
 
 
 def _color(category: dict[str, Any]) -> list[int]:

@@ -2,20 +2,55 @@
 
 A map of segment ids goes through every geometric transform as an image of small indices, exactly
 as Detectron2 transforms a semantic map; the targets are then read off it. Nothing is converted
-beforehand.
+beforehand. Segments are long runs of equal pixels, so what can be is done on runs, not on pixels.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import torch
-from detectron2.data.transforms import TransformList
+from detectron2.data.transforms import Transform, TransformList
 from detectron2.structures import BitMasks, Boxes, Instances
 
 from ..errors import UserError
 
-MAX_SEGMENTS = 254  # one byte, without 0 and 255, with which Detectron2's transforms pad
+MAX_SEGMENTS = 2**16 - 2  # two bytes, without 0 and the greatest, with which transforms pad
+
+
+class Extents(NamedTuple):
+    """The values of a map, ascending; how many pixels each has, and the box around them.
+
+    ``values`` (N,), ``areas`` (N,) and ``boxes`` (N, 4): x0, y0, x1, y1, pixel edges.
+    """
+
+    values: np.ndarray
+    areas: np.ndarray
+    boxes: np.ndarray
+
+
+def extents(image: np.ndarray) -> Extents:
+    """The extents of every value of an integer map (H, W)."""
+    width = image.shape[1]
+    flat = np.ascontiguousarray(image).reshape(-1)
+    begins = np.empty(flat.size, dtype=bool)
+    np.not_equal(flat[1:], flat[:-1], out=begins[1:])
+    begins[::width] = True  # a run ends with its row
+    starts = np.flatnonzero(begins)
+    order = np.argsort(flat[starts], kind="stable")
+    lengths = np.diff(starts, append=flat.size)[order]
+    starts = starts[order]
+    values = flat[starts]
+    groups = np.concatenate(([0], np.flatnonzero(values[1:] != values[:-1]) + 1))
+    y, x = np.divmod(starts, width)
+    boxes = [
+        np.minimum.reduceat(x, groups),
+        np.minimum.reduceat(y, groups),
+        np.maximum.reduceat(x + lengths, groups),
+        np.maximum.reduceat(y, groups) + 1,
+    ]
+    return Extents(values[groups], np.add.reduceat(lengths, groups), np.stack(boxes, axis=1))
 
 
 def index_segments(
@@ -29,7 +64,8 @@ def index_segments(
         source: the PNG's name, for errors.
 
     Returns:
-        (H, W) uint8: 0 for void, k + 1 for ``segments_info[k]``.
+        (H, W): 0 for void, k + 1 for ``segments_info[k]``; uint8, or uint16 for more than 254
+        segments. After transforms the greatest value of the type is void too.
 
     Raises:
         UserError: an id in the map that ``segments_info`` lacks, or too many segments.
@@ -38,13 +74,30 @@ def index_segments(
         raise UserError(
             f"{source}: {len(segments_info)} segments, at most {MAX_SEGMENTS} are supported"
         )
-    found, index = np.unique(ids, return_inverse=True)
+    flat = ids.reshape(-1)
+    starts = np.concatenate(([0], np.flatnonzero(flat[1:] != flat[:-1]) + 1))
+    found, which = np.unique(flat[starts], return_inverse=True)
     place = {info["id"]: k + 1 for k, info in enumerate(segments_info)} | {0: 0}
-    missing = [int(i) for i in found if int(i) not in place]
+    missing = [i for i in found.tolist() if i not in place]
     if missing:
         raise UserError(f"{source}: segment id {missing[0]} is not in segments_info")
-    table = np.array([place[int(i)] for i in found], dtype=np.uint8)
-    return table[index.reshape(ids.shape)]
+    dtype = np.uint8 if len(segments_info) < 255 else np.uint16
+    table = np.array([place[i] for i in found.tolist()], dtype=dtype)
+    return np.repeat(table[which], np.diff(starts, append=flat.size)).reshape(ids.shape)
+
+
+def transform_index(index: np.ndarray, transforms: Transform | TransformList) -> np.ndarray:
+    """Apply the transforms of an image to its index map.
+
+    What comes in from outside, for which Detectron2 has 0 or 255, is void.
+    """
+    if index.dtype == np.uint8:
+        return transforms.apply_segmentation(index)
+    # Detectron2's transforms take bytes; both maps go through the same ones.
+    low, high = (
+        transforms.apply_segmentation(part.astype(np.uint8)) for part in (index & 255, index >> 8)
+    )
+    return low + (high.astype(np.uint16) << 8)
 
 
 def sem_seg_from_index(
@@ -59,7 +112,7 @@ def sem_seg_from_index(
     Crowds have their category's semantic class; only void is ignored.
 
     Args:
-        index: (H, W) uint8.
+        index: (H, W), uint8 or uint16.
         segments_info: the segments, category ids contiguous.
         thing_sem_seg_ids: the semantic class of each thing category.
         ignore_label: the value of void pixels.
@@ -67,11 +120,11 @@ def sem_seg_from_index(
     Returns:
         (H, W) uint8.
     """
-    table = np.full(256, ignore_label, dtype=np.uint8)
+    table = np.full(np.iinfo(index.dtype).max + 1, ignore_label, dtype=np.uint8)
     for k, info in enumerate(segments_info):
         category = info["category_id"]
         table[k + 1] = thing_sem_seg_ids[category] if info["isthing"] else category
-    return table[index]
+    return cv2.LUT(index, table) if index.dtype == np.uint8 else table[index]
 
 
 def sem_seg_from_panoptic(
@@ -91,44 +144,40 @@ def sem_seg_from_panoptic(
     )
 
 
-def instances_from_index(index: np.ndarray, segments_info: Sequence[dict[str, Any]]) -> Instances:
+def instance_places(segments_info: Sequence[dict[str, Any]]) -> list[int]:
+    """The values in an index map that are instances: things that are no crowds."""
+    return [
+        k + 1
+        for k, info in enumerate(segments_info)
+        if info["isthing"] and not info.get("iscrowd", 0)
+    ]
+
+
+def instances_from_index(
+    index: np.ndarray, segments_info: Sequence[dict[str, Any]], *, with_masks: bool = True
+) -> Instances:
     """The instances of an index map of :func:`index_segments`: things that are no crowds.
 
     Args:
-        index: (H, W) uint8, transformed as the image is.
+        index: (H, W), uint8 or uint16, transformed as the image is.
         segments_info: the segments, category ids contiguous.
+        with_masks: whether to make ``gt_masks``.
 
     Returns:
-        Instances with ``gt_classes``, ``gt_masks`` (BitMasks) and ``gt_boxes``, tight around the
-        masks; one for each segment that still has a pixel.
+        Instances with ``gt_classes``, ``gt_boxes``, tight around the masks, and ``gt_masks``
+        (BitMasks); one for each segment that still has a pixel.
     """
-    pixels = np.bincount(index.ravel(), minlength=256)
-    kept = [
-        (k + 1, info["category_id"])
-        for k, info in enumerate(segments_info)
-        if info["isthing"] and not info.get("iscrowd", 0) and pixels[k + 1]
-    ]
-    masks = index == np.array([k for k, _ in kept], dtype=np.uint8)[:, None, None]
+    found = extents(index)
+    kept = np.isin(found.values, instance_places(segments_info))
+    places, boxes = found.values[kept].tolist(), found.boxes[kept]
     instances = Instances(index.shape)
-    instances.gt_classes = torch.tensor([c for _, c in kept], dtype=torch.int64)
-    instances.gt_masks = BitMasks(torch.from_numpy(masks))
-    instances.gt_boxes = tight_boxes(masks)
+    instances.gt_boxes = Boxes(torch.from_numpy(boxes.astype(np.float32)))
+    instances.gt_classes = torch.tensor(
+        [segments_info[place - 1]["category_id"] for place in places], dtype=torch.int64
+    )
+    if with_masks:
+        masks = np.zeros((len(places), *index.shape), dtype=bool)
+        for mask, place, (x0, y0, x1, y1) in zip(masks, places, boxes.tolist(), strict=True):
+            np.equal(index[y0:y1, x0:x1], place, out=mask[y0:y1, x0:x1])
+        instances.gt_masks = BitMasks(torch.from_numpy(masks))
     return instances
-
-
-def tight_boxes(masks: np.ndarray) -> Boxes:
-    """The boxes (x0, y0, x1, y1), pixel edges, around masks (N, H, W), none of them empty."""
-
-    def ends(hits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return hits.argmax(axis=1), hits.shape[1] - hits[:, ::-1].argmax(axis=1)
-
-    x0, x1 = ends(masks.any(axis=1))
-    y0, y1 = ends(masks.any(axis=2))
-    return Boxes(torch.from_numpy(np.stack([x0, y0, x1, y1], axis=1).astype(np.float32)))
-
-
-def transform_index(index: np.ndarray, transforms: TransformList) -> np.ndarray:
-    """Apply the transforms of an image to its index map; what comes in from outside is void."""
-    index = transforms.apply_segmentation(index)
-    # Detectron2 pads semantic maps with 0 or 255; both are void.
-    return np.where(index == 255, 0, index).astype(np.uint8)

@@ -9,6 +9,8 @@ import torch.multiprocessing as mp
 from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 
+from ..errors import UserError
+
 
 def launch(
     main: Callable[..., Any],
@@ -29,12 +31,21 @@ def launch(
         machine_rank: which of them this is.
         dist_url: where the processes meet, ``tcp://host:port``.
         args: arguments of ``main``.
+
+    Raises:
+        UserError: one that ``main`` raised, in whatever process.
     """
-    if torch.cuda.is_available() or num_processes * num_machines <= 1:
-        detectron2_launch(main, num_processes, num_machines, machine_rank, dist_url, args)
-        return
     worker_args = (main, num_processes, num_machines, machine_rank, dist_url, args)
-    mp.spawn(_cpu_worker, worker_args, nprocs=num_processes)
+    try:
+        if torch.cuda.is_available() or num_processes * num_machines <= 1:
+            detectron2_launch(*worker_args)
+        else:
+            mp.spawn(_cpu_worker, worker_args, nprocs=num_processes)
+    except mp.ProcessRaisedException as error:
+        traceback = str(error).strip()
+        if "UserError: " in traceback.splitlines()[-1]:
+            raise UserError(traceback) from error
+        raise
 
 
 def _cpu_worker(

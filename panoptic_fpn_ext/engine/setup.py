@@ -11,7 +11,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from ..config import add_panoptic_fpn_config, resolve_dataset_keys
+from ..data import register_datasets_of_config
 from ..errors import UserError
+from ..evaluation import evaluator_builders
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -40,6 +42,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
             f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r} is not registered"
             f"{_did_you_mean(cfg.MODEL.META_ARCHITECTURE, [k for k, _ in META_ARCH_REGISTRY])}"
         )
+    register_datasets_of_config(cfg)
     _check_datasets(cfg.DATASETS.TEST, "DATASETS.TEST")
     if not args.eval_only:
         _check_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
@@ -49,6 +52,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if args.eval_only and not weights and not args.resume:
         raise UserError("--eval-only needs weights: MODEL.WEIGHTS FILE, or --resume")
     cfg = resolve_dataset_keys(cfg)
+    for name in cfg.DATASETS.TEST:
+        evaluator_builders(cfg, name)
     cfg.freeze()
     return cfg
 

@@ -7,7 +7,6 @@ import weakref
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, TrainerBase
@@ -21,6 +20,12 @@ from torch import nn
 from ..data import PanopticFPNMapper
 from ..errors import UserError
 from ..evaluation import build_evaluator
+from .checkpoint import PanopticFPNCheckpointer
+
+# What a user can put right is said once, at the end, without a traceback.
+logging.getLogger("detectron2.engine.train_loop").addFilter(
+    lambda record: not (record.exc_info and isinstance(record.exc_info[1], UserError))
+)
 
 OPTIMIZERS = {"SGD": torch.optim.SGD, "ADAMW": torch.optim.AdamW}
 
@@ -44,7 +49,7 @@ class Trainer(DefaultTrainer):
         step = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
         self._trainer = step(model, loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = DetectionCheckpointer(
+        self.checkpointer = PanopticFPNCheckpointer(
             model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
         )
         self.start_iter = 0

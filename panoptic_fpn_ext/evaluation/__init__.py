@@ -1,12 +1,24 @@
-"""Streaming evaluation: panoptic quality, semantic IoU, and what a dataset is evaluated with."""
+"""Streaming evaluation: panoptic quality, semantic IoU, instance AP, submissions, and what a
+dataset is evaluated with."""
 
-from .build import EVALUATOR_REGISTRY, build_evaluator
+from .build import build_evaluator, evaluator_builders
+from .cityscapes import CityscapesInstanceEvaluator, CityscapesSemSegEvaluator
+from .instance_ap import InstanceAPEvaluator
 from .panoptic_quality import PanopticQualityEvaluator
+from .registry import DETECTRON2_EVALUATOR_REGISTRY, EVALUATOR_REGISTRY, needs
 from .sem_seg_iou import SemSegIoUEvaluator
+from .submission import PanopticSubmissionWriter
 
 __all__ = [
+    "DETECTRON2_EVALUATOR_REGISTRY",
     "EVALUATOR_REGISTRY",
+    "CityscapesInstanceEvaluator",
+    "CityscapesSemSegEvaluator",
+    "InstanceAPEvaluator",
     "PanopticQualityEvaluator",
+    "PanopticSubmissionWriter",
     "SemSegIoUEvaluator",
     "build_evaluator",
+    "evaluator_builders",
+    "needs",
 ]

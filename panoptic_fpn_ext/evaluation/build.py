@@ -1,50 +1,126 @@
-"""Which evaluators a dataset gets: those its metadata names, for what the model returns."""
+"""Which evaluators a dataset gets: those its metadata names, for what the model returns.
+
+To add one, register a builder under its name and say which output of the model it reads::
+
+    @EVALUATOR_REGISTRY.register()
+    @needs("sem_seg")
+    def cityscapes_sem_seg(dataset_name: str, output_folder: str) -> DatasetEvaluator:
+        return CityscapesSemSegEvaluator.from_dataset(dataset_name)
+
+and name it in the dataset's metadata: ``evaluators=("panoptic_seg", "cityscapes_sem_seg")``. What
+Detectron2 has in its place, if anything, is registered in ``detectron2_evaluators.py`` under the
+same name; ``TEST.EVALUATORS`` chooses between the two.
+"""
+
+from importlib.util import find_spec
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
-from fvcore.common.registry import Registry
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 
-from ..config import OUTPUTS
+from ..errors import UserError
+from . import detectron2_evaluators  # noqa: F401  (fills its registry)
+from .cityscapes import CityscapesInstanceEvaluator, CityscapesSemSegEvaluator
+from .instance_ap import InstanceAPEvaluator
 from .panoptic_quality import PanopticQualityEvaluator
+from .registry import (
+    DETECTRON2_EVALUATOR_REGISTRY,
+    EVALUATOR_REGISTRY,
+    EvaluatorBuilder,
+    needs,
+)
 from .sem_seg_iou import SemSegIoUEvaluator
+from .submission import PanopticSubmissionWriter
 
-EVALUATOR_REGISTRY = Registry("EVALUATORS")
-EVALUATOR_REGISTRY.__doc__ = """
-Builders of evaluators, called as ``build(dataset_name, output_folder)``. Each has the name of the
-model output it evaluates; a dataset's ``evaluators`` metadata lists those it can be evaluated with.
-"""
+REGISTRIES = {
+    "panoptic_fpn_ext": EVALUATOR_REGISTRY,
+    "detectron2": DETECTRON2_EVALUATOR_REGISTRY,
+}
+"""The values of ``TEST.EVALUATORS``."""
+
+DEFAULT_EVALUATORS = ("panoptic_seg", "sem_seg", "instances")
+"""What a dataset is evaluated with whose metadata does not say."""
 
 
 @EVALUATOR_REGISTRY.register()
+@needs("panoptic_seg")
 def panoptic_seg(dataset_name: str, output_folder: str) -> DatasetEvaluator:
     return PanopticQualityEvaluator.from_dataset(dataset_name)
 
 
 @EVALUATOR_REGISTRY.register()
+@needs("sem_seg")
 def sem_seg(dataset_name: str, output_folder: str) -> DatasetEvaluator:
     return SemSegIoUEvaluator.from_dataset(dataset_name)
 
 
 @EVALUATOR_REGISTRY.register()
+@needs("instances")
 def instances(dataset_name: str, output_folder: str) -> DatasetEvaluator:
-    return COCOEvaluator(dataset_name, output_dir=output_folder)
+    return InstanceAPEvaluator.from_dataset(dataset_name)
+
+
+@EVALUATOR_REGISTRY.register()
+@needs("sem_seg")
+def cityscapes_sem_seg(dataset_name: str, output_folder: str) -> DatasetEvaluator:
+    return CityscapesSemSegEvaluator.from_dataset(dataset_name)
+
+
+@EVALUATOR_REGISTRY.register()
+@needs("instances")
+def cityscapes_instances(dataset_name: str, output_folder: str) -> DatasetEvaluator:
+    return CityscapesInstanceEvaluator.from_dataset(dataset_name)
+
+
+def evaluator_builders(cfg: CfgNode, dataset_name: str) -> list[EvaluatorBuilder]:
+    """The builders of a dataset's evaluators for the outputs of the model.
+
+    Args:
+        cfg: ``TEST.EVALUATORS`` says whose evaluators, ``MODEL.PANOPTIC_FPN.OUTPUTS`` what the
+            model returns.
+        dataset_name: its ``evaluators`` metadata says what can be evaluated on it.
+
+    Raises:
+        UserError: a key or a name with no evaluator behind it, or a package that one needs and
+            that is not installed.
+    """
+    choice, outputs = cfg.TEST.EVALUATORS, cfg.MODEL.PANOPTIC_FPN.OUTPUTS
+    if choice not in REGISTRIES:
+        raise UserError(f"TEST.EVALUATORS {choice!r}: allowed are {list(REGISTRIES)}")
+    builders = []
+    for name in MetadataCatalog.get(dataset_name).get("evaluators", DEFAULT_EVALUATORS):
+        if name not in REGISTRIES[choice]:
+            raise UserError(
+                f"dataset {dataset_name!r}: no evaluator {name!r} in {choice}; it has "
+                f"{[known for known, _ in REGISTRIES[choice]]}"
+            )
+        build = REGISTRIES[choice].get(name)
+        if build.needs not in outputs:
+            continue
+        if build.module and find_spec(build.module) is None:
+            raise UserError(
+                f"TEST.EVALUATORS {choice}: {name} needs {build.module}, which is not installed: "
+                f"{build.install}, or choose TEST.EVALUATORS panoptic_fpn_ext"
+            )
+        builders.append(build)
+    if cfg.TEST.SUBMISSION and "panoptic_seg" not in outputs:
+        raise UserError(
+            f"TEST.SUBMISSION needs panoptic_seg in MODEL.PANOPTIC_FPN.OUTPUTS, now {outputs}"
+        )
+    return builders
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluators:
-    """The evaluators of a dataset for the outputs of the model.
+    """The evaluators of a dataset, and with ``TEST.SUBMISSION`` what writes the submission.
 
     Args:
-        cfg: ``MODEL.PANOPTIC_FPN.OUTPUTS`` says what the model returns.
-        dataset_name: its ``evaluators`` metadata says what can be evaluated on it.
+        cfg, dataset_name: see :func:`evaluator_builders`.
         output_folder: where evaluators write what they keep.
     """
-    on_dataset = MetadataCatalog.get(dataset_name).get("evaluators", OUTPUTS)
-    names = [name for name in OUTPUTS if name in cfg.MODEL.PANOPTIC_FPN.OUTPUTS]
-    return DatasetEvaluators(
-        [
-            EVALUATOR_REGISTRY.get(name)(dataset_name, output_folder)
-            for name in names
-            if name in on_dataset
-        ]
-    )
+    evaluators = [
+        build(dataset_name, output_folder) for build in evaluator_builders(cfg, dataset_name)
+    ]
+    if cfg.TEST.SUBMISSION:
+        # The first, because Detectron2's evaluators change the predictions.
+        evaluators.insert(0, PanopticSubmissionWriter.from_dataset(dataset_name, output_folder))
+    return DatasetEvaluators(evaluators)

@@ -16,8 +16,8 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
-from ..data.panoptic_png import read_panoptic_png
 from ..errors import UserError
+from .panoptic_maps import joint_runs, read_ground_truth
 from .tables import pipe_table
 
 logger = logging.getLogger(__name__)
@@ -104,14 +104,9 @@ def match_segments(
             f"{pred_source} is {_size(pred_ids)} pixels (height x width), "
             f"but {gt_source} is {_size(gt_ids)}"
         )
-    # Segments are long runs of pixels: everything below handles runs, not pixels.
-    gt_flat, pred_flat = gt_ids.reshape(-1), pred_ids.reshape(-1)
-    change = gt_flat[1:] != gt_flat[:-1]
-    change |= pred_flat[1:] != pred_flat[:-1]
-    starts = np.concatenate(([0], np.flatnonzero(change) + 1))
-    lengths = np.diff(starts, append=gt_flat.size)
-    rows = _segment_numbers(gt_flat[starts], gt_segments, gt_source)
-    columns = _segment_numbers(pred_flat[starts], pred_segments, pred_source)
+    gt_values, pred_values, lengths = joint_runs(gt_ids, pred_ids)
+    rows = _segment_numbers(gt_values, gt_segments, gt_source)
+    columns = _segment_numbers(pred_values, pred_segments, pred_source)
 
     shape = len(gt_segments) + 1, len(pred_segments) + 1
     pixels = np.bincount(
@@ -190,7 +185,8 @@ class PanopticQualityEvaluator(DatasetEvaluator):
         return cls(
             thing_classes=metadata.thing_classes,
             stuff_classes=metadata.stuff_classes,
-            thing_sem_seg_ids=metadata.thing_sem_seg_ids,
+            # Detectron2's own panoptic datasets are separated: class 0 is "things".
+            thing_sem_seg_ids=metadata.get("thing_sem_seg_ids", (0,)),
             distributed=distributed,
         )
 
@@ -212,6 +208,11 @@ class PanopticQualityEvaluator(DatasetEvaluator):
             UserError: see :func:`match_segments`; also a segment of an unknown category.
         """
         for record, output in zip(inputs, outputs, strict=True):
+            if "pan_seg_file_name" not in record:
+                raise UserError(
+                    f"{record['file_name']}: no panoptic ground truth; its dataset dict needs "
+                    "pan_seg_file_name and segments_info, as register_panoptic_dataset gives them"
+                )
             gt_source = record["pan_seg_file_name"]
             pred_source = f"the prediction for {record['file_name']}"
             # Image ids of datasets evaluated together may coincide, their files do not.
@@ -222,7 +223,7 @@ class PanopticQualityEvaluator(DatasetEvaluator):
                 raise UserError(f"{pred_source} has no panoptic_seg, only {sorted(output)}")
             pred_ids, pred_segments = output["panoptic_seg"]
             matches = match_segments(
-                read_panoptic_png(gt_source),
+                read_ground_truth(gt_source),
                 record["segments_info"],
                 _to_numpy(pred_ids),
                 pred_segments,

@@ -12,9 +12,9 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
-from ..data.panoptic_png import read_panoptic_png
 from ..data.targets import sem_seg_from_panoptic
 from ..errors import UserError
+from .panoptic_maps import joint_runs, read_ground_truth
 from .tables import pipe_table
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,8 @@ class SemSegIoUEvaluator(DatasetEvaluator):
         metadata = MetadataCatalog.get(dataset_name)
         return cls(
             stuff_classes=metadata.stuff_classes,
-            thing_sem_seg_ids=metadata.thing_sem_seg_ids,
+            # Detectron2's own panoptic datasets are separated: class 0 is "things".
+            thing_sem_seg_ids=metadata.get("thing_sem_seg_ids", (0,)),
             ignore_label=metadata.ignore_label,
             distributed=distributed,
         )
@@ -86,9 +87,13 @@ class SemSegIoUEvaluator(DatasetEvaluator):
                     f"{gt.shape[0]} x {gt.shape[1]}"
                 )
             num_classes = len(self._class_names)
+            true, predicted, lengths = joint_runs(gt, pred)
             counts = np.bincount(
-                (gt.astype(np.int64) * num_classes + pred).reshape(-1), minlength=256 * num_classes
-            ).reshape(256, num_classes)
+                true.astype(np.int64) * num_classes + predicted,
+                weights=lengths,  # summed in float64, exact below 2**53
+                minlength=256 * num_classes,
+            )
+            counts = counts.astype(np.int64).reshape(256, num_classes)
             counts[self._ignore_label] = 0
             unknown = np.flatnonzero(counts[num_classes:].any(axis=1)) + num_classes
             if len(unknown):
@@ -113,7 +118,12 @@ class SemSegIoUEvaluator(DatasetEvaluator):
             if not comm.is_main_process():
                 return None
             confusion = np.sum(gathered, axis=0)
+        result = self._scores(confusion)
+        self._log(result)
+        return OrderedDict({"sem_seg": result})
 
+    def _scores(self, confusion: np.ndarray) -> dict[str, float]:
+        """The metrics of a confusion matrix, [true, predicted], in percent."""
         correct = np.diagonal(confusion)
         true = confusion.sum(axis=1)
         predicted = confusion.sum(axis=0)
@@ -137,16 +147,14 @@ class SemSegIoUEvaluator(DatasetEvaluator):
                     for name, value in zip(self._class_names, accuracy, strict=True)
                 },
             }
-        result = {key: float(value) for key, value in result.items()}
-        self._log(result)
-        return OrderedDict({"sem_seg": result})
+        return {key: float(value) for key, value in result.items()}
 
     def _ground_truth(self, record: Mapping[str, Any]) -> tuple[str, np.ndarray]:
         """The file of the ground truth, and its labels: uint8 array (H, W)."""
         if "pan_seg_file_name" in record:
             file_name = record["pan_seg_file_name"]
             return file_name, sem_seg_from_panoptic(
-                read_panoptic_png(file_name),
+                read_ground_truth(file_name),
                 record["segments_info"],
                 thing_sem_seg_ids=self._thing_sem_seg_ids,
                 ignore_label=self._ignore_label,

@@ -1,14 +1,18 @@
 """datasets/make_shapes.py: what it draws, what it writes, and what it leaves alone."""
 
 import importlib.util
+import io
 import json
 import subprocess
 import sys
 from collections import Counter
+from operator import itemgetter
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
+from cityscapesscripts.helpers.labels import name2label
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -30,6 +34,12 @@ def files(root):
         for path in sorted(root.rglob("*"))
         if path.is_file()
     }
+
+
+def fill_holes(mask):
+    outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    filled = np.zeros(mask.shape, np.uint8)
+    return cv2.drawContours(filled, outlines, -1, 1, cv2.FILLED).astype(bool)
 
 
 def read_ids(path):
@@ -244,10 +254,12 @@ def test_a_complete_tree_is_left_alone(tmp_path):
 @pytest.mark.parametrize("calls", [0, 1, 3])
 def test_an_interrupted_tree_is_made_whole(tmp_path, monkeypatch, stage, calls):
     shapes.make_shapes(tmp_path / "whole", **SMALL)
-    name = {"drawing": "draw_scene", "annotations": "_write_json"}[stage]
+    name = {"drawing": "draw_scene", "annotations": "_write"}[stage]
     original, left = getattr(shapes, name), [calls]
 
     def interrupted(*args):
+        if stage == "annotations" and args[0].suffix != ".json":
+            return original(*args)
         if not left[0]:
             raise KeyboardInterrupt
         left[0] -= 1
@@ -320,6 +332,115 @@ def test_an_empty_folder_is_filled(tmp_path):
     assert shapes.make_shapes(tmp_path, **SMALL) is True
 
 
+# In the layout of Cityscapes.
+
+CITYSCAPES = {**SMALL, "layout": "cityscapes"}
+
+
+def label_images(root, kind):
+    """The label images of all training images, in the order of their numbers."""
+    paths = root.glob(f"gtFine/train/*/*_gtFine_{kind}.png")
+    number = itemgetter(1)
+    return [
+        np.asarray(Image.open(path))
+        for path in sorted(paths, key=lambda path: number(path.name.split("_")))
+    ]
+
+
+def test_the_tree_is_that_of_cityscapes(tmp_path):
+    assert shapes.make_shapes(tmp_path, **CITYSCAPES) is True
+    images = sorted(tmp_path.glob("leftImg8bit/*/*/*_leftImg8bit.png"))
+    assert len(images) == 8
+    cities = {image.parent.name for image in images}
+    assert len(cities) == 4 and not any("_" in city for city in cities)
+    for image in images:
+        city, sequence, frame, _ = image.name.split("_")
+        assert city == image.parent.name and len(sequence) == len(frame) == 6
+        with Image.open(image) as picture:
+            assert (picture.mode, picture.size) == ("RGB", (64, 48))
+        stem = str(image).replace("leftImg8bit/", "gtFine/").replace("_leftImg8bit.png", "_gtFine")
+        modes = {"labelIds": "L", "labelTrainIds": "L", "instanceIds": "I;16", "color": "RGBA"}
+        for kind, mode in modes.items():
+            with Image.open(f"{stem}_{kind}.png") as picture:
+                assert (picture.mode, picture.size) == (mode, (64, 48))
+        polygons = json.loads(Path(f"{stem}_polygons.json").read_text())
+        assert (polygons["imgHeight"], polygons["imgWidth"]) == (48, 64)
+        assert polygons["objects"]
+    others = {path.name for path in tmp_path.rglob("*") if path.is_file()} - {
+        path.name for path in (*images, *tmp_path.glob("gtFine/*/*/*"))
+    }
+    assert others == {"recipe.json"}
+
+
+def test_every_kind_of_label_occurs(tmp_path):
+    shapes.make_shapes(tmp_path, layout="cityscapes", size=(64, 128), num_images={"train": 120})
+    instance_ids = label_images(tmp_path, "instanceIds")
+    found = set(np.unique(np.concatenate(instance_ids)).tolist())
+    labels = {i // 1000 if i >= 1000 else i for i in found}
+    # Unlabelled, static; road, sidewalk, building, vegetation, sky; five things and a trailer.
+    assert labels == {0, 4, 7, 8, 11, 21, 23, 24, 25, 26, 27, 30, 33}
+    assert any(24 <= i <= 33 for i in found)  # groups
+    for ids, label_ids in zip(instance_ids, label_images(tmp_path, "labelIds"), strict=True):
+        assert (np.where(ids >= 1000, ids // 1000, ids) == label_ids).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32), st.integers(32, 150), st.integers(32, 150))
+def test_polygons_are_drawn_as_the_scene_is(seed, height, width):
+    from shapes_cityscapes import LABELS, render
+
+    scene = shapes.draw_scene(np.random.default_rng(seed), (height, width))
+    files, _ = render("train", 1, scene)
+    (png,) = (content for name, content in files.items() if name.endswith("_instanceIds.png"))
+    ids = np.asarray(Image.open(io.BytesIO(png)))
+    names = {category.id: category.name for category in shapes.CATEGORIES}
+    rings = np.zeros((height, width), bool)  # polygons have no holes: what is in a ring is its own
+    for layer in scene.layers:
+        if layer.category and layer.category.name == "ring":
+            rings |= fill_holes(layer.mask)
+    for segment in scene.segments:
+        mask = (scene.segment_map == segment.id) & ~rings
+        label = name2label[LABELS[names[segment.category_id]]]
+        found = ids[mask]
+        assert (np.where(found >= 1000, found // 1000, found) == label.id).all()
+        if label.hasInstances and not segment.iscrowd and mask.any():
+            pieces = np.unique(found)
+            assert (pieces >= 1000).all()
+            assert not np.isin(pieces, ids[(scene.segment_map != segment.id) & ~rings]).any()
+    assert (ids[(scene.segment_map == 0) & ~rings] <= 4).all()
+
+
+def test_the_cityscapes_layout_is_repeatable_and_mended(tmp_path):
+    for name in ("a", "b"):
+        assert shapes.make_shapes(tmp_path / name, **CITYSCAPES) is True
+    whole = files(tmp_path / "a")
+    assert whole == files(tmp_path / "b")
+    assert shapes.make_shapes(tmp_path / "a", **CITYSCAPES) is False
+    next((tmp_path / "a").glob("gtFine/val/*/*_color.png")).unlink()
+    assert shapes.make_shapes(tmp_path / "a", **CITYSCAPES) is True
+    assert files(tmp_path / "a") == whole
+
+
+def test_overwriting_removes_what_was_made_from_the_old_tree(tmp_path):
+    shapes.make_shapes(tmp_path / "a", **CITYSCAPES)
+    shapes.make_shapes(tmp_path / "b", **CITYSCAPES)
+    derived = tmp_path / "a" / "gtFine" / "cityscapes_panoptic_val"
+    derived.mkdir()
+    derived.with_suffix(".json").write_text("{}")
+    assert shapes.make_shapes(tmp_path / "a", **CITYSCAPES) is False  # it does not mind them
+    with pytest.raises(shapes.ShapesError, match="another layout: pass --overwrite"):
+        shapes.make_shapes(tmp_path / "a", **SMALL)
+    for layout in ("coco", "cityscapes"):
+        other = {**SMALL, "layout": layout}
+        assert shapes.make_shapes(tmp_path / "a", **other, overwrite=True) is True
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_an_unknown_layout_is_named(tmp_path):
+    with pytest.raises(shapes.ShapesError, match="one of coco, cityscapes, not 'voc'"):
+        shapes.make_shapes(tmp_path, layout="voc")
+
+
 # The command.
 
 
@@ -353,9 +474,18 @@ def test_a_split_must_be_a_plain_folder_name(tmp_path, split):
         shapes.make_shapes(tmp_path / "a", num_images={split: 1})
 
 
-def test_the_default_place_is_where_detectron2_looks(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("layout", "written"),
+    [
+        ("coco", "shapes/annotations/panoptic_val.json"),
+        ("cityscapes", "shapes_cityscapes/gtFine/val/valstadt/*_gtFine_polygons.json"),
+    ],
+)
+def test_the_default_place_is_where_detectron2_looks(
+    tmp_path, monkeypatch, capsys, layout, written
+):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     arguments = ["--size", "32", "32", "--num-train", "1", "--num-val", "1", "--workers", "1"]
-    assert shapes.main(arguments) == 0
-    assert (tmp_path / "shapes" / "annotations" / "panoptic_val.json").is_file()
-    assert str(tmp_path / "shapes") in capsys.readouterr().out
+    assert shapes.main(["--layout", layout, *arguments]) == 0
+    assert len(list(tmp_path.glob(written))) == 1
+    assert str(tmp_path / written.partition("/")[0]) in capsys.readouterr().out

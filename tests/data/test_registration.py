@@ -3,9 +3,14 @@
 import json
 
 import pytest
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
 
-from panoptic_fpn_ext import UserError, register_panoptic_dataset
+from panoptic_fpn_ext import UserError, add_panoptic_fpn_config, register_panoptic_dataset
+from panoptic_fpn_ext.data import register_datasets_of_config
+
+from .tiny_dataset import TinyDataset
 
 CATEGORIES = [
     {"id": 40, "name": "sky", "isthing": 0, "color": [70, 130, 180]},
@@ -97,11 +102,14 @@ def test_nothing_is_read_on_registration(tmp_path):
     ("bad", "message"),
     [
         ("{", "not a JSON file"),
-        (content(categories=CATEGORIES + CATEGORIES[:1]), "two categories have the id 40"),
+        (
+            content(categories=CATEGORIES + CATEGORIES[:1]),
+            r"categories\[0\] and \[4\] have the same id 40",
+        ),
         (content(categories=[{"id": 1, "name": "x"}]), "no field 'isthing'"),
-        (content(annotations=[]), "no annotations"),
-        (content(images=[{"id": 1, "file_name": "1.jpg", "height": 10}]), "no 'width'"),
-        (content(categories=CATEGORIES[1:]), "image 1: segment 9 has category_id 40"),
+        (content(annotations=[]), "annotations is an empty list"),
+        (content(images=[{"id": 1, "file_name": "1.jpg", "height": 10}]), "no field 'width'"),
+        (content(categories=CATEGORIES[1:]), "image 1: segment 9: category_id 40 is not among"),
     ],
 )
 def test_bad_json_is_one_line_that_names_the_file(register, bad, message):
@@ -110,3 +118,67 @@ def test_bad_json_is_one_line_that_names_the_file(register, bad, message):
         DatasetCatalog.get("test_panoptic")
     assert "panoptic.json" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_name_that_is_taken(register):
+    register(content())
+    with pytest.raises(UserError, match="dataset test_panoptic: another one is registered"):
+        register_panoptic_dataset("test_panoptic", "a", "b", "c")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_instances_equal_those_of_detectron2(shapes, split):
+    json_file = str(shapes / "annotations" / f"instances_{split}.json")
+    expected = load_coco_json(json_file, "", "as_detectron2_loads_it")
+    MetadataCatalog.remove("as_detectron2_loads_it")
+    records = {r["image_id"]: r for r in DatasetCatalog.get(f"shapes_{split}")}
+    for record in expected:
+        assert records[record["image_id"]]["annotations"] == record["annotations"]
+
+
+def dataset_in_config(data, **changes):
+    cfg = get_cfg()
+    add_panoptic_fpn_config(cfg)
+    arguments = {"name": "in_config", **{k: str(v) for k, v in data.paths().items()}, **changes}
+    cfg.merge_from_list(["DATASETS.PANOPTIC", str([arguments])])
+    return cfg
+
+
+@pytest.fixture
+def data(tmp_path):
+    yield TinyDataset(tmp_path / "data")
+    if "in_config" in DatasetCatalog.list():
+        DatasetCatalog.remove("in_config")
+        MetadataCatalog.remove("in_config")
+
+
+def test_datasets_of_a_config(data, tmp_path):
+    cfg = dataset_in_config(data, label_space="full")
+    register_datasets_of_config(cfg)
+    register_datasets_of_config(cfg)  # again, as each process does
+    assert len(DatasetCatalog.get("in_config")) == 2
+    assert MetadataCatalog.get("in_config").thing_sem_seg_ids == (1, 2)
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    again = get_cfg()
+    add_panoptic_fpn_config(again)
+    again.merge_from_file(str(tmp_path / "config.yaml"))
+    assert again.DATASETS.PANOPTIC == cfg.DATASETS.PANOPTIC
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("shapes", r"DATASETS.PANOPTIC\[0\]: 'shapes' is not a dict with name, image_root"),
+        ({"name": "x"}, r"DATASETS.PANOPTIC\[0\]: no 'image_root'; needed are name, image_root"),
+        ({"image_dir": "x"}, r"unknown 'image_dir'; allowed are name, image_root"),
+        ({"label_space": "half"}, r"label_space 'half' is not one of"),
+        ({"name": "shapes_val"}, r"a dataset named shapes_val is registered already"),
+    ],
+)
+def test_mistakes_in_datasets_of_a_config(data, entry, message):
+    cfg = dataset_in_config(data)
+    if isinstance(entry, dict) and entry != {"name": "x"}:
+        entry = {**cfg.DATASETS.PANOPTIC[0], **entry}
+    cfg.DATASETS.PANOPTIC = [entry]
+    with pytest.raises(UserError, match=message):
+        register_datasets_of_config(cfg)

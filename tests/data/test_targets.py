@@ -11,6 +11,7 @@ from panoptic_fpn_ext import UserError
 from panoptic_fpn_ext.data.targets import (
     index_segments,
     instances_from_index,
+    sem_seg_from_index,
     sem_seg_from_panoptic,
     transform_index,
 )
@@ -99,8 +100,42 @@ def test_padding_is_void(padding):
     index = np.ones((4, 4), dtype=np.uint8)
     transforms = T.TransformList([T.PadTransform(2, 2, 2, 2, pad_value=padding)])
     padded = transform_index(index, transforms)
-    assert padded.sum() == 16
-    assert padded[0, 0] == 0
+    segments_info = [{"id": 1, "isthing": True, "category_id": 0}]
+    sem_seg = sem_seg_from_index(padded, segments_info, thing_sem_seg_ids=(0,), ignore_label=255)
+    assert (sem_seg == 0).sum() == 16
+    assert sem_seg[0, 0] == 255
+    assert instances_from_index(padded, segments_info).gt_boxes.tensor.tolist() == [[2, 2, 6, 6]]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from([300, 1000]), st.sampled_from([0, 255]))
+def test_more_segments_than_a_byte_holds(seed, num_segments, padding):
+    """Through resize, flip and padding: the pixels of small maps that have the same segments."""
+    rng = np.random.default_rng(seed)
+    segments_info = [
+        {"id": k + 1, "isthing": k % 2 == 0, "category_id": k % 3} for k in range(num_segments)
+    ]
+    ids = rng.integers(0, num_segments + 1, (20, 30))
+    transforms = T.TransformList(
+        [
+            T.ResizeTransform(20, 30, 33, 17),
+            T.HFlipTransform(17),
+            T.PadTransform(1, 2, 3, 4, pad_value=padding),
+        ]
+    )
+    index = transform_index(index_segments(ids, segments_info, source=""), transforms)
+    moved = T.TransformList(transforms.transforms[:2])
+    parts = [moved.apply_segmentation(((ids >> shift) & 255).astype(np.uint8)) for shift in (0, 8)]
+    expected = np.pad(parts[0] + 256 * parts[1].astype(int), ((2, 4), (1, 3)))
+    sem_seg = sem_seg_from_index(
+        index, segments_info, thing_sem_seg_ids=(3, 4, 5), ignore_label=255
+    )
+    k = expected - 1
+    np.testing.assert_array_equal(
+        sem_seg, np.where(k < 0, 255, np.where(k % 2 == 0, 3 + k % 3, k % 3))
+    )
+    instances = instances_from_index(index, segments_info)
+    assert len(instances) == len(np.unique(expected[(k >= 0) & (k % 2 == 0)]))
 
 
 def test_an_id_without_a_segment_is_an_error_that_names_file_and_id():

@@ -244,6 +244,11 @@ def test_an_output_without_panoptic_seg_is_named(tmp_path):
         evaluate([record], [{"sem_seg": torch.zeros(1)}])
 
 
+def test_a_record_without_panoptic_ground_truth_is_named():
+    with pytest.raises(UserError, match=r"1\.jpg: no panoptic ground truth"):
+        evaluate([{"file_name": "1.jpg", "image_id": 1}], [output_of(stripes(2), [thing(1)])])
+
+
 def random_image(seed: int) -> tuple[np.ndarray, list[dict], np.ndarray, list[dict]]:
     """Truth and prediction of a larger image, with IoUs of many digits."""
     rng = np.random.default_rng(seed)

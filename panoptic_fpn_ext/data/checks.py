@@ -1,0 +1,276 @@
+"""Reading a whole panoptic dataset, every file of it, for everything that is wrong."""
+
+import os
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import cv2
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from ..errors import UserError
+from .coco_json import Fault, instances_faults, panoptic_faults, read_json
+from .mapper import read_image
+from .panoptic_png import read_panoptic_png
+from .targets import extents
+
+
+@dataclass
+class Statistics:
+    """What a dataset consists of: pixels and segments, by name of the category."""
+
+    images: int = 0
+    pixels: int = 0
+    void_pixels: int = 0
+    crowd_pixels: int = 0
+    segments: Counter = field(default_factory=Counter)
+    crowds: Counter = field(default_factory=Counter)
+    category_pixels: Counter = field(default_factory=Counter)
+
+    def add(self, other: "Statistics") -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+@dataclass
+class Report:
+    """The faults of a dataset, in the order of its JSON, and what it consists of."""
+
+    faults: list[Fault]
+    statistics: Statistics
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON can hold it."""
+        return {
+            "faults": [vars(fault) for fault in self.faults],
+            "statistics": vars(self.statistics),
+        }
+
+
+@dataclass(frozen=True)
+class _Image:
+    """An image of the JSON with its annotation, as far as they are usable."""
+
+    file_name: str
+    pan_seg_file_name: str | None
+    image_id: Hashable
+    height: int
+    width: int
+    segments_info: Sequence[dict[str, Any]]
+
+
+def check_panoptic_dataset(
+    *,
+    image_root: str | os.PathLike,
+    panoptic_root: str | os.PathLike,
+    panoptic_json: str | os.PathLike,
+    instances_json: str | os.PathLike | None = None,
+    workers: int = 0,
+    progress: bool = False,
+) -> Report:
+    """Read all of a dataset in the COCO panoptic format and list what is wrong in it.
+
+    Args:
+        image_root, panoptic_root, panoptic_json, instances_json: as in
+            :func:`~panoptic_fpn_ext.data.registration.register_panoptic_dataset`.
+        workers: processes to read the images in; 0 reads them in this one.
+        progress: show a progress bar.
+
+    Returns:
+        The report. What does not concern a dataset's usability, files that the JSON does not name,
+        is no fault.
+    """
+    source = str(panoptic_json)
+    try:
+        content = read_json(source)
+    except UserError as error:
+        return Report([_of_file("unreadable-json", source, error)], Statistics())
+    faults = list(panoptic_faults(content, source=source))
+    images = list(_usable_images(content, str(image_root), str(panoptic_root)))
+    faults += [
+        Fault("missing-annotation", source, "in images, but has no annotation", image.image_id)
+        for image in images
+        if image.pan_seg_file_name is None
+    ]
+    if instances_json is not None:
+        faults += _instances_faults(str(instances_json), content)
+
+    statistics = Statistics()
+    names = _category_names(content)
+    loader = DataLoader(
+        _ImageChecks(images, source, names),
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=_one_thread,
+    )
+    for found, of_image in tqdm(loader, desc="check", unit="image", disable=not progress):
+        faults += found
+        statistics.add(of_image)
+    return Report(faults, statistics)
+
+
+class _ImageChecks(Dataset):
+    """Faults and statistics of each image."""
+
+    def __init__(self, images: list[_Image], source: str, names: dict[int, str]) -> None:
+        self._images, self._source, self._names = images, source, names
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, place: int) -> tuple[list[Fault], Statistics]:
+        image = self._images[place]
+        faults = _image_file_faults(image)
+        if image.pan_seg_file_name is None:
+            return faults, Statistics(images=1)
+        png_faults, statistics = _png_faults(image, self._source, self._names)
+        return faults + png_faults, statistics
+
+
+def _image_file_faults(image: _Image) -> list[Fault]:
+    record = {"file_name": image.file_name, "height": image.height, "width": image.width}
+    try:
+        read_image(record, "BGR")
+    except UserError as error:
+        kind = "unreadable-image" if "cannot read" in str(error) else "wrong-size"
+        return [_of_file(kind, image.file_name, error, image.image_id)]
+    return []
+
+
+def _png_faults(
+    image: _Image, source: str, names: dict[int, str]
+) -> tuple[list[Fault], Statistics]:
+    """Faults of a panoptic PNG, alone and against the JSON ``source``."""
+    png, image_id = image.pan_seg_file_name, image.image_id
+    try:
+        ids = read_panoptic_png(png)
+    except UserError as error:
+        return [_of_file("unreadable-png", png, error, image_id)], Statistics(images=1)
+    found = extents(ids)
+    areas = dict(zip(found.values.tolist(), found.areas.tolist(), strict=True))
+    boxes = dict(zip(found.values.tolist(), found.boxes.tolist(), strict=True))
+    statistics = Statistics(images=1, pixels=ids.size, void_pixels=areas.get(0, 0))
+    faults = []
+    if ids.shape != (image.height, image.width):
+        message = (
+            f"{ids.shape[1]}x{ids.shape[0]} pixels (width x height), but {source} says "
+            f"{image.width}x{image.height}"
+        )
+        faults.append(Fault("wrong-size", png, message, image_id))
+    listed = {info.get("id") for info in image.segments_info}
+    for value in found.values.tolist():
+        if value and value not in listed:
+            message = f"{areas[value]} pixels of it, but it is not in segments_info of {source}"
+            faults.append(Fault("id-not-in-json", png, message, image_id, value))
+    for info in image.segments_info:
+        segment_id = info.get("id")
+        if not segment_id:  # a fault of the JSON
+            continue
+        if segment_id not in areas:
+            message = f"in segments_info, but {png} has no pixel of it"
+            faults.append(Fault("id-not-in-png", source, message, image_id, segment_id))
+            continue
+        faults += _extent_faults(info, areas[segment_id], boxes[segment_id], image_id, source)
+        crowd = bool(info.get("iscrowd"))
+        name = names.get(info.get("category_id"), "unknown")
+        statistics.crowd_pixels += areas[segment_id] * crowd
+        statistics.category_pixels[name] += areas[segment_id]
+        (statistics.crowds if crowd else statistics.segments)[name] += 1
+    return faults, statistics
+
+
+def _extent_faults(
+    info: dict[str, Any], area: int, box: list[int], image_id: Hashable, source: str
+) -> list[Fault]:
+    """Faults of ``area`` and ``bbox`` of a segment, where it has them."""
+    x0, y0, x1, y1 = box
+    expected = {"area": area, "bbox": [x0, y0, x1 - x0, y1 - y0]}
+    return [
+        Fault(
+            f"wrong-{name}",
+            source,
+            f"{name} is {info[name]!r}, but its pixels have {value}",
+            image_id,
+            info["id"],
+        )
+        for name, value in expected.items()
+        if name in info and info[name] != value
+    ]
+
+
+def _usable_images(content: Any, image_root: str, panoptic_root: str) -> list[_Image]:
+    """What can be looked at, each image once; what cannot is a fault of the JSON."""
+    if not isinstance(content, dict):
+        return []
+    annotations = {}
+    for annotation in _dicts(content.get("annotations")):
+        if isinstance(annotation.get("file_name"), str) and isinstance(
+            annotation.get("image_id"), (int, str)
+        ):
+            annotations.setdefault(annotation["image_id"], annotation)
+    images = {}
+    for image in _dicts(content.get("images")):
+        name, image_id = image.get("file_name"), image.get("id")
+        size = image.get("height"), image.get("width")
+        if (
+            not isinstance(name, str)
+            or not isinstance(image_id, (int, str))
+            or not all(isinstance(side, int) and side > 0 for side in size)
+        ):
+            continue
+        annotation = annotations.get(image_id)
+        png = os.path.join(panoptic_root, annotation["file_name"]) if annotation else None
+        segments = _dicts(annotation.get("segments_info")) if annotation else []
+        segments = {repr(info.get("id")): info for info in reversed(segments)}
+        images.setdefault(
+            image_id,
+            _Image(
+                os.path.join(image_root, name), png, image_id, *size, list(segments.values())[::-1]
+            ),
+        )
+    return list(images.values())
+
+
+def _instances_faults(source: str, panoptic: Any) -> list[Fault]:
+    try:
+        content = read_json(source)
+    except UserError as error:
+        return [_of_file("unreadable-json", source, error)]
+    if not isinstance(panoptic, dict):
+        return []
+    things = {c["id"] for c in _dicts(panoptic.get("categories")) if c.get("isthing") and "id" in c}
+    images = {
+        image["id"]: image
+        for image in _dicts(panoptic.get("images"))
+        if isinstance(image.get("id"), (int, str)) and {"height", "width"} <= image.keys()
+    }
+    return list(instances_faults(content, source=source, things=things, images=images))
+
+
+def _category_names(panoptic: Any) -> dict[int, str]:
+    categories = _dicts(panoptic.get("categories")) if isinstance(panoptic, dict) else []
+    return {
+        c["id"]: str(c.get("name", c["id"]))
+        for c in categories
+        if isinstance(c.get("id"), (int, str))
+    }
+
+
+def _dicts(entries: Any) -> list[dict[str, Any]]:
+    return [e for e in entries if isinstance(e, dict)] if isinstance(entries, list) else []
+
+
+def _of_file(kind: str, file: str, error: UserError, image_id: Hashable = None) -> Fault:
+    """The fault that an error whose message begins with the file's name tells of."""
+    return Fault(kind, file, str(error).removeprefix(f"{file}: "), image_id)
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def _one_thread(worker: int) -> None:
+    cv2.setNumThreads(1)

@@ -1,0 +1,287 @@
+"""The two JSON formats of COCO, panoptic and instances: reading them, and what can be wrong.
+
+The formats: https://cocodataset.org/#format-data. Registration stops at the first fault,
+:mod:`~panoptic_fpn_ext.data.checks` lists them all.
+"""
+
+import json
+import os
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+MAX_SEGMENT_ID = 2**24 - 1
+MAX_CATEGORIES = 254  # one byte, less 255 for void and class 0, "things"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something wrong in a dataset.
+
+    ``kind`` is a short fixed name; ``image_id`` and ``segment_id`` are those of the JSON, where
+    the fault lies in one; ``message`` says what was found and what was expected.
+    """
+
+    kind: str
+    file: str
+    message: str
+    image_id: Hashable = None
+    segment_id: Any = None
+
+    def __str__(self) -> str:
+        where = [] if self.image_id is None else [f"image {self.image_id}"]
+        where += [] if self.segment_id is None else [f"segment {self.segment_id}"]
+        return ": ".join([self.file, *where, self.message])
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: it cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a JSON file, or cut off ({error})") from error
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
+
+
+Rules = dict[str, tuple[Callable[[Any], bool], str]]
+"""For each field of an entry a condition and, in words, what it should be."""
+
+_id = (lambda v: _is_int(v) or (isinstance(v, str) and v != ""), "an integer or a string")
+_integer = (_is_int, "an integer")
+_size = (lambda v: _is_int(v) and v > 0, "a positive integer")
+_name = (lambda v: isinstance(v, str) and v != "", "a non-empty string")
+_flag = (lambda v: isinstance(v, int) and v in (0, 1), "0 or 1")
+_color = (
+    lambda v: isinstance(v, list) and len(v) == 3 and all(_is_int(c) and 0 <= c < 256 for c in v),
+    "three integers from 0 to 255",
+)
+_box = (lambda v: isinstance(v, list) and len(v) == 4 and all(map(_is_number, v)), "[x, y, w, h]")
+_list = (lambda v: isinstance(v, list), "a list")
+_segment_id = (
+    lambda v: _is_int(v) and 0 < v <= MAX_SEGMENT_ID,
+    f"an integer from 1 to {MAX_SEGMENT_ID} (0 is void)",
+)
+_mask = (
+    lambda v: isinstance(v, list) or (isinstance(v, dict) and {"size", "counts"} <= v.keys()),
+    "a list of polygons or an RLE",
+)
+
+_CATEGORY: Rules = {"id": _integer, "name": _name, "isthing": _flag}
+_IMAGE: Rules = {"id": _id, "file_name": _name, "height": _size, "width": _size}
+_ANNOTATION: Rules = {"image_id": _id, "file_name": _name, "segments_info": _list}
+_SEGMENT: Rules = {"id": _segment_id, "category_id": _integer}
+_INSTANCE: Rules = {"image_id": _id, "category_id": _integer, "bbox": _box}
+
+
+def _broken_rules(
+    entry: Any, required: Rules, optional: Rules | None = None
+) -> Iterator[tuple[str, str]]:
+    """Kind and message of everything in an entry that is not as the rules say."""
+    if not isinstance(entry, dict):
+        yield "wrong-type", f"{_short(entry)} is not an object with fields"
+        return
+    for field, (holds, wanted) in required.items():
+        if field not in entry:
+            yield "missing-field", f"no field {field!r}"
+        elif not holds(entry[field]):
+            yield "wrong-value", f"{field} is {_short(entry[field])}, expected {wanted}"
+    for field, (holds, wanted) in (optional or {}).items():
+        if field in entry and not holds(entry[field]):
+            yield "wrong-value", f"{field} is {_short(entry[field])}, expected {wanted}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def category_faults(categories: Any, *, source: str) -> Iterator[Fault]:
+    """What is wrong in the ``categories`` of a panoptic JSON.
+
+    Args:
+        categories: as read.
+        source: the file, for the faults.
+    """
+    if not isinstance(categories, (list, tuple)) or not categories:
+        yield Fault("missing-field", source, "no categories, or an empty list of them")
+        return
+    if len(categories) > MAX_CATEGORIES:
+        message = f"{len(categories)} categories, at most {MAX_CATEGORIES} are supported"
+        yield Fault("too-many", source, message)
+    ids, names = {}, {}
+    for place, category in enumerate(categories):
+        broken = False
+        for kind, message in _broken_rules(category, _CATEGORY, {"color": _color}):
+            broken = True
+            yield Fault(kind, source, f"categories[{place}]: {message}")
+        if broken:
+            continue
+        for seen, field in ((ids, "id"), (names, "name")):
+            value = category[field]
+            if value in seen:
+                message = f"categories[{seen[value]}] and [{place}] have the same {field} {value!r}"
+                yield Fault(f"duplicate-category-{field}", source, message)
+            seen.setdefault(value, place)
+
+
+def panoptic_faults(
+    content: Any, *, source: str, category_ids: Collection[int] | None = None
+) -> Iterator[Fault]:
+    """What is wrong in a panoptic JSON, seen without the images.
+
+    Args:
+        content: the JSON, as read.
+        source: the file, for the faults.
+        category_ids: the ids of the categories where they are not those of the JSON; its own are
+            not looked at then.
+    """
+    lists = {"images": _list, "annotations": _list}
+    broken = list(_broken_rules(content, lists))
+    yield from (Fault(kind, source, message) for kind, message in broken)
+    if broken:
+        return
+    if category_ids is None:
+        yield from category_faults(content.get("categories"), source=source)
+        listed = content.get("categories")
+        listed = listed if isinstance(listed, list) else []
+        category_ids = [c["id"] for c in listed if isinstance(c, dict) and _is_int(c.get("id"))]
+    category_ids = set(category_ids)
+
+    images = set()
+    yield from _image_faults(content["images"], images, source)
+    if not content["annotations"]:
+        yield Fault("empty", source, "annotations is an empty list: no image to train or test on")
+    annotated = set()
+    for place, annotation in enumerate(content["annotations"]):
+        broken = False
+        image_id = annotation.get("image_id") if isinstance(annotation, dict) else None
+        for kind, message in _broken_rules(annotation, _ANNOTATION):
+            broken = True
+            yield Fault(kind, source, f"annotations[{place}]: {message}", image_id)
+        if broken:
+            continue
+        if image_id not in images:
+            yield Fault("unknown-image", source, f"annotations[{place}]: not in images", image_id)
+        if image_id in annotated:
+            yield Fault("duplicate-annotation", source, "has two annotations", image_id)
+        annotated.add(image_id)
+        yield from _segment_faults(annotation["segments_info"], image_id, category_ids, source)
+
+
+def _image_faults(images: list[Any], seen: set[Hashable], source: str) -> Iterator[Fault]:
+    if not images:
+        yield Fault("empty", source, "images is an empty list")
+    for place, image in enumerate(images):
+        image_id = image.get("id") if isinstance(image, dict) else None
+        for kind, message in _broken_rules(image, _IMAGE):
+            yield Fault(kind, source, f"images[{place}]: {message}", image_id)
+        if not isinstance(image_id, Hashable) or image_id is None:
+            continue
+        if image_id in seen:
+            yield Fault("duplicate-image", source, "two images have this id", image_id)
+        seen.add(image_id)
+
+
+def _segment_faults(
+    segments: list[Any], image_id: Hashable, category_ids: Collection[int], source: str
+) -> Iterator[Fault]:
+    seen = set()
+    for place, segment in enumerate(segments):
+        segment_id = segment.get("id") if isinstance(segment, dict) else None
+        broken = False
+        for kind, message in _broken_rules(segment, _SEGMENT, {"iscrowd": _flag}):
+            broken = True
+            message = f"segments_info[{place}]: {message}"
+            yield Fault(kind, source, message, image_id, segment_id)
+        if broken:
+            continue
+        category = segment["category_id"]
+        if category not in category_ids:
+            message = f"category_id {category} is not among the categories"
+            yield Fault("unknown-category", source, message, image_id, segment_id)
+        if segment_id in seen:
+            message = "two segments have this id"
+            yield Fault("duplicate-segment", source, message, image_id, segment_id)
+        seen.add(segment_id)
+
+
+def instances_faults(
+    content: Any, *, source: str, things: Collection[int], images: Mapping[Hashable, Any]
+) -> Iterator[Fault]:
+    """What is wrong in a JSON of COCO instances that goes with a panoptic JSON.
+
+    Args:
+        content: the JSON, as read.
+        source: the file, for the faults.
+        things: the ids of the thing categories of the panoptic JSON.
+        images: the images of the panoptic JSON by id; annotations of others are not looked at.
+    """
+    broken = list(_broken_rules(content, {"images": _list, "annotations": _list}))
+    yield from (Fault(kind, source, message) for kind, message in broken)
+    if broken:
+        return
+    optional = {"segmentation": _mask, "iscrowd": _flag}
+    known = {image.get("id") for image in content["images"] if isinstance(image, dict)}
+    if not known & images.keys():
+        yield Fault("unknown-image", source, "none of its image ids is in the panoptic JSON")
+    for place, annotation in enumerate(content["annotations"]):
+        image_id = annotation.get("image_id") if isinstance(annotation, dict) else None
+        if _id[0](image_id) and image_id in known and image_id not in images:
+            continue  # the panoptic JSON may hold a part of the images only
+        broken = False
+        for kind, message in _broken_rules(annotation, _INSTANCE, optional):
+            broken = True
+            yield Fault(kind, source, f"annotations[{place}]: {message}", image_id)
+        if broken:
+            continue
+        where = f"annotations[{place}]"
+        if image_id not in known:
+            yield Fault("unknown-image", source, f"{where}: not in its images", image_id)
+        elif annotation["category_id"] not in things:
+            message = (
+                f"{where}: category_id {annotation['category_id']} is not a thing category of the "
+                "panoptic JSON"
+            )
+            yield Fault("unknown-category", source, message, image_id)
+        else:
+            yield from _mask_faults(annotation, images[image_id], f"{source}", where)
+
+
+def _mask_faults(
+    annotation: dict[str, Any], image: dict[str, Any], source: str, where: str
+) -> Iterator[Fault]:
+    mask, image_id = annotation.get("segmentation"), annotation["image_id"]
+    if isinstance(mask, dict) and mask["size"] != [image["height"], image["width"]]:
+        message = (
+            f"{where}: segmentation is of size {_short(mask['size'])}, "
+            f"expected [{image['height']}, {image['width']}]"
+        )
+        yield Fault("wrong-size", source, message, image_id)
+    elif isinstance(mask, list) and not all(
+        isinstance(polygon, list) and all(map(_is_number, polygon)) for polygon in mask
+    ):
+        message = f"{where}: segmentation holds a polygon that is no list of numbers"
+        yield Fault("wrong-value", source, message, image_id)
+
+
+def raise_first(*faults: Iterator[Fault]) -> None:
+    """Raise UserError for the first fault, if there is one."""
+    for fault in chain(*faults):
+        raise UserError(f"{fault}; tools/check_dataset.py lists all faults of a dataset")

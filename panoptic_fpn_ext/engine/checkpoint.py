@@ -1,0 +1,113 @@
+"""Loading checkpoints that may be another model's: what does not fit is said, not skipped."""
+
+import pickle
+import re
+from typing import Any
+
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
+
+from ..errors import UserError
+
+# Where class counts show: pattern of the parameter, classes of a first dimension, kind, key.
+_CLASSIFIERS = (
+    (
+        re.compile(r"box_predictor(\.\d+)?\.cls_score\.(weight|bias)$"),
+        lambda size: size - 1,  # the last is background
+        "thing",
+        "MODEL.ROI_HEADS.NUM_CLASSES",
+    ),
+    (
+        re.compile(r"sem_seg_head\.predictor\.(weight|bias)$"),
+        lambda size: size,
+        "semantic",
+        "MODEL.SEM_SEG_HEAD.NUM_CLASSES",
+    ),
+)
+
+
+class PanopticFPNCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, which says clearly what of a checkpoint does not fit the model.
+
+    Fine-tuning from a checkpoint with other classes is a warning; evaluating with it, and resuming
+    from it, an error.
+    """
+
+    def __init__(
+        self, model: nn.Module, save_dir: str = "", *, complete: bool = False, **arguments: Any
+    ) -> None:
+        """
+        Args:
+            model: the model to load into.
+            save_dir: folder of the checkpoints.
+            complete: whether every parameter must come from the checkpoint, as in evaluation.
+            arguments: those of :class:`DetectionCheckpointer`.
+        """
+        super().__init__(model, save_dir, **arguments)
+        self._always_complete = complete
+        self._complete, self._path = complete, ""
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """As Detectron2's.
+
+        Raises:
+            UserError: a file that is no checkpoint; or, if the checkpoint has to be complete or
+                the training state is loaded too, one that lacks parameters or has others' shapes.
+        """
+        resumes = bool(self.checkpointables) and checkpointables != []
+        self._complete, self._path = self._always_complete or resumes, path
+        return super().load(path, checkpointables)
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        try:
+            return super()._load_file(filename)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(
+                f"{self._path}: not a checkpoint, or damaged ({reason}); copy it again"
+            ) from error
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        incompatible = super()._load_model(checkpoint)
+        classes = _differing_classes(incompatible.incorrect_shapes)
+        wrong = [*classes.values()]
+        if not wrong and self._complete:
+            wrong = [
+                f"{name} has shape {list(theirs)}, but {list(ours)} in the model: is the config "
+                "the one it was trained with?"
+                for name, theirs, ours in incompatible.incorrect_shapes
+            ]
+        if wrong and self._complete:
+            raise UserError(f"{self._path}: {wrong[0]}")
+        for line in wrong:
+            self.logger.warning(f"{self._path}: {line}; these layers are trained from scratch")
+        if self._complete:
+            self._refuse_missing(incompatible.missing_keys)
+        return incompatible
+
+    def _refuse_missing(self, keys: list[str]) -> None:
+        # state_dict has shared parameters under each of their names; one of them is enough.
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        loaded = {id(p) for name, p in parameters.items() if name not in keys}
+        missing = [k for k in keys if k in parameters and id(parameters[k]) not in loaded]
+        if missing:
+            raise UserError(
+                f"{self._path}: lacks {len(missing)} of the model's {len(parameters)} parameters, "
+                f"{missing[0]} first: is the config the one it was trained with?"
+            )
+
+
+def _differing_classes(
+    incorrect_shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]],
+) -> dict[str, str]:
+    """For each class count that differs one line, by key of the config."""
+    lines = {}
+    for name, theirs, ours in incorrect_shapes:
+        for pattern, classes, kind, key in _CLASSIFIERS:
+            if pattern.search(name) and theirs[1:] == ours[1:]:
+                lines.setdefault(
+                    key,
+                    f"{name} is for {classes(theirs[0])} {kind} classes, but the model has "
+                    f"{classes(ours[0])} ({key})",
+                )
+    return lines

@@ -1,0 +1,464 @@
+"""The scores of the Cityscapes benchmarks, in memory.
+
+They equal those of cityscapesscripts, whose programs want every prediction as files in one folder
+(https://www.cityscapes-dataset.com/benchmarks).
+"""
+
+import logging
+import math
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from cityscapesscripts.helpers.labels import labels, name2label
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.structures import Instances
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from PIL import Image
+
+from ..data.targets import index_segments
+from ..errors import UserError
+from .panoptic_maps import joint_runs, read_ground_truth
+from .sem_seg_iou import SemSegIoUEvaluator
+from .tables import pipe_table
+
+logger = logging.getLogger(__name__)
+
+OVERLAPS = np.arange(0.5, 1.0, 0.05)
+"""The IoUs that an instance is to exceed; AP is the average over them."""
+MIN_INSTANCE_AREA = 100  # pixels; smaller true instances are not evaluated
+
+
+class _SeenInstance(NamedTuple):
+    """How the semantic prediction sees a true instance; numbers of pixels."""
+
+    category: int
+    area: int
+    in_class: int
+    in_category: int
+
+
+class CityscapesSemSegEvaluator(SemSegIoUEvaluator):
+    """The scores of :class:`SemSegIoUEvaluator`, and those that Cityscapes has besides.
+
+    iIoU is the IoU in which a true pixel of an instance weighs as much as the average size of its
+    class by the instance's size. Both exist for categories (groups of classes) too.
+    """
+
+    def __init__(
+        self, *, categories: Sequence[str], average_areas: Sequence[float], **sem_seg_args: Any
+    ) -> None:
+        """
+        Args:
+            categories: the category of each semantic class.
+            average_areas: of the instances of each thing category, in pixels.
+            sem_seg_args: those of :class:`SemSegIoUEvaluator`.
+        """
+        super().__init__(**sem_seg_args)
+        names = list(dict.fromkeys(categories))
+        self._category_names = names
+        self._category_of_class = np.array([names.index(name) for name in categories])
+        self._average_areas = tuple(average_areas)
+
+    @classmethod
+    def from_dataset(
+        cls, dataset_name: str, *, distributed: bool = True
+    ) -> "CityscapesSemSegEvaluator":
+        """The evaluator of a registered dataset that has the classes of Cityscapes."""
+        # Imported only now, as it looks for a dataset of its own.
+        from cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling import args
+
+        metadata = MetadataCatalog.get(dataset_name)
+        return cls(
+            stuff_classes=metadata.stuff_classes,
+            thing_sem_seg_ids=metadata.thing_sem_seg_ids,
+            ignore_label=metadata.ignore_label,
+            categories=[name2label[name].category for name in metadata.stuff_classes],
+            average_areas=[args.avgClassSize[name] for name in metadata.thing_classes],
+            distributed=distributed,
+        )
+
+    def reset(self) -> None:
+        super().reset()
+        self._instances: list[_SeenInstance] = []
+
+    def process(
+        self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Count the pixels of some images.
+
+        Args:
+            inputs: dataset dicts with ``file_name``, ``pan_seg_file_name`` and ``segments_info``.
+            outputs: dicts with ``sem_seg``: logits, tensor (C, H, W) on any device.
+
+        Raises:
+            UserError: prediction and ground truth differ in size or classes.
+        """
+        for record, output in zip(inputs, outputs, strict=True):
+            gt_source, segments = record["pan_seg_file_name"], record["segments_info"]
+            index = index_segments(read_ground_truth(gt_source), segments, source=gt_source)
+            pred = self._prediction(record, output)
+            _check_size(record, pred.shape, gt_source, index.shape)
+            num_classes = len(self._class_names)
+            segment, predicted, lengths = joint_runs(index, pred)
+            counts = np.bincount(
+                segment.astype(np.int64) * num_classes + predicted,
+                weights=lengths,  # summed in float64, exact below 2**53
+                minlength=(len(segments) + 1) * num_classes,
+            )
+            counts = counts.astype(np.int64).reshape(-1, num_classes)[1:]
+            for info, row in zip(segments, counts, strict=True):
+                category = info["category_id"]
+                true = self._thing_sem_seg_ids[category] if info["isthing"] else category
+                self._confusion[true] += row
+                if info["isthing"] and not info.get("iscrowd"):
+                    of_category = row[self._category_of_class == self._category_of_class[true]]
+                    pixels = map(int, (row.sum(), row[true], of_category.sum()))
+                    self._instances.append(_SeenInstance(category, *pixels))
+
+    def evaluate(self) -> OrderedDict[str, dict[str, float]] | None:
+        """The metrics of all images, in percent.
+
+        Returns:
+            ``{"sem_seg": {...}}`` with those of :class:`SemSegIoUEvaluator` and ``IoU`` (mIoU),
+            ``iIoU``, ``IoU_sup``, ``iIoU_sup`` (of categories), ``iIoU-<class>``,
+            ``IoU_sup-<category>`` and ``iIoU_sup-<category>``. Averages leave out what is nan: a
+            class or category neither true nor predicted. None in all processes but the first.
+        """
+        confusion, instances = self._confusion, self._instances
+        if self._distributed:
+            comm.synchronize()
+            gathered = comm.gather((confusion, instances))
+            if not comm.is_main_process():
+                return None
+            confusion = np.sum([part for part, _ in gathered], axis=0)
+            instances = [instance for _, part in gathered for instance in part]
+        result = self._scores(confusion)
+        self._log(result)
+        result |= self._cityscapes_scores(confusion, instances)
+        self._log_cityscapes(result)
+        return OrderedDict({"sem_seg": result})
+
+    def _cityscapes_scores(
+        self, confusion: np.ndarray, instances: Sequence[_SeenInstance]
+    ) -> dict[str, float]:
+        category_of = self._category_of_class
+        membership = np.eye(len(self._category_names), dtype=np.int64)[category_of]
+        of_categories = membership.T @ confusion @ membership
+        things = np.array(self._thing_sem_seg_ids)
+
+        iiou, iiou_sup = {}, {}
+        for thing, true in enumerate(things):
+            of_class = [i for i in instances if i.category == thing]
+            iiou[self._class_names[true]] = self._iiou(of_class, "in_class", confusion, true)
+        for k, name in enumerate(self._category_names):
+            if np.isin(np.flatnonzero(category_of == k), things).all():
+                of_category = [i for i in instances if category_of[things[i.category]] == k]
+                iiou_sup[name] = self._iiou(of_category, "in_category", of_categories, k)
+        iou_sup = dict(zip(self._category_names, _ious(of_categories), strict=True))
+        return {
+            "IoU": _mean(_ious(confusion)),
+            "iIoU": _mean(iiou.values()),
+            "IoU_sup": _mean(iou_sup.values()),
+            "iIoU_sup": _mean(iiou_sup.values()),
+            **{f"iIoU-{name}": value for name, value in iiou.items()},
+            **{f"IoU_sup-{name}": value for name, value in iou_sup.items()},
+            **{f"iIoU_sup-{name}": value for name, value in iiou_sup.items()},
+        }
+
+    def _iiou(
+        self, instances: Iterable[_SeenInstance], correct: str, confusion: np.ndarray, true: int
+    ) -> float:
+        """The iIoU of row ``true`` of a confusion matrix, whose ``instances`` are given."""
+        weighted = [
+            (self._average_areas[i.category], getattr(i, correct) / i.area) for i in instances
+        ]
+        # Exact sums, so that the order of images does not matter.
+        positives = math.fsum(weight for weight, _ in weighted)
+        true_positives = math.fsum(weight * share for weight, share in weighted)
+        false_positives = float(confusion[:, true].sum() - confusion[true, true])
+        return _percent(true_positives, positives + false_positives)
+
+    def _log_cityscapes(self, result: Mapping[str, float]) -> None:
+        metrics = ("IoU", "iIoU", "IoU_sup", "iIoU_sup")
+        logger.info(
+            "Cityscapes Semantic Segmentation Evaluation Results:\n"
+            + pipe_table(metrics, [[result[metric] for metric in metrics]])
+        )
+        for kind, names, columns in (
+            ("class", self._class_names, metrics[:2]),
+            ("category", self._category_names, metrics[2:]),
+        ):
+            rows = [
+                (name, *(result.get(f"{column}-{name}") for column in columns)) for name in names
+            ]
+            logger.info(
+                f"Per-{kind} Cityscapes Evaluation Results:\n" + pipe_table((kind, *columns), rows)
+            )
+
+
+class _Detections(NamedTuple):
+    """What the detections of one image are worth; arrays (N,), and one (number of classes,).
+
+    ``gt`` is the number, in the image, of the true instance that a detection covers by an IoU of
+    more than 0.5, ``iou``; -1 if there is none, or one that is not evaluated (a group, a small
+    one): then the detection neither counts nor harms. ``ignored`` is the share of a detection on
+    void, groups and small instances. ``positives``: the evaluated true instances of each class.
+    """
+
+    category: np.ndarray
+    score: np.ndarray
+    iou: np.ndarray
+    gt: np.ndarray
+    ignored: np.ndarray
+    positives: np.ndarray
+
+
+class CityscapesInstanceEvaluator(DatasetEvaluator):
+    """AP of ``instances`` by the rules of Cityscapes, against the ``instanceIds`` PNGs.
+
+    Works in one process or several, and gives the same numbers to the last digit however images
+    are ordered and spread over processes. An image that comes twice counts once.
+    """
+
+    def __init__(
+        self,
+        *,
+        thing_classes: Sequence[str],
+        label_ids: Sequence[int],
+        void_label_ids: Iterable[int],
+        gt_dir: str | os.PathLike,
+        distributed: bool = True,
+    ) -> None:
+        """
+        Args:
+            thing_classes: names of the thing categories.
+            label_ids: the Cityscapes label of each thing category.
+            void_label_ids: the labels that are not evaluated.
+            gt_dir: folder of the ground truth, in which each city has one.
+            distributed: gather the results of all processes; otherwise each evaluates its own.
+        """
+        self._class_names = list(thing_classes)
+        self._label_ids = tuple(label_ids)
+        self._void_label_ids = frozenset(void_label_ids)
+        self._gt_dir = str(gt_dir)
+        self._distributed = distributed
+        self.reset()
+
+    @classmethod
+    def from_dataset(
+        cls, dataset_name: str, *, distributed: bool = True
+    ) -> "CityscapesInstanceEvaluator":
+        """The evaluator of a registered dataset that has the classes of Cityscapes."""
+        metadata = MetadataCatalog.get(dataset_name)
+        return cls(
+            thing_classes=metadata.thing_classes,
+            label_ids=[name2label[name].id for name in metadata.thing_classes],
+            void_label_ids=[label.id for label in labels if label.ignoreInEval],
+            gt_dir=metadata.gt_dir,
+            distributed=distributed,
+        )
+
+    def reset(self) -> None:
+        self._images: dict[str, _Detections] = {}
+
+    def process(
+        self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Compare the instances of some images with the true ones.
+
+        Args:
+            inputs: dataset dicts with ``file_name`` and ``image_id``, such as
+                ``"ulm_000000_000019"``.
+            outputs: dicts with ``instances``: ``pred_masks`` (N, H, W), ``pred_classes``,
+                ``scores``.
+
+        Raises:
+            UserError: an ``instanceIds`` PNG cannot be read, or a prediction is not of its size.
+        """
+        for record, output in zip(inputs, outputs, strict=True):
+            image_id = record["image_id"]
+            if image_id in self._images:
+                continue
+            if "instances" not in output:
+                raise UserError(
+                    f"the prediction for {record['file_name']} has no instances, only "
+                    f"{sorted(output)}"
+                )
+            city = image_id.partition("_")[0]
+            gt_source = os.path.join(self._gt_dir, city, f"{image_id}_gtFine_instanceIds.png")
+            gt = _read_instance_ids(gt_source)
+            instances = output["instances"]
+            _check_size(record, instances.pred_masks.shape[1:], gt_source, gt.shape)
+            self._images[image_id] = self._compare(gt, instances)
+
+    def _compare(self, gt: np.ndarray, instances: Instances) -> _Detections:
+        """Compare detections with a map of instance ids, (H, W)."""
+        pixels = np.bincount(gt.reshape(-1))
+        ids = np.flatnonzero(pixels)
+        areas = pixels[ids]
+        place = np.zeros(len(pixels), dtype=np.uint16)
+        place[ids] = np.arange(len(ids))
+        intersections = _pixels_per_value(place[gt], len(ids), instances.pred_masks.cpu().numpy())
+
+        # An id is label * 1000 + number for an instance, the label for all else.
+        is_instance = ids >= 1000
+        evaluated = is_instance & (areas >= MIN_INSTANCE_AREA)
+        ids_label = np.where(is_instance, ids // 1000, ids)
+        positives = [np.count_nonzero(evaluated & (ids_label == i)) for i in self._label_ids]
+
+        found = intersections.any(axis=1)
+        intersections = intersections[found]
+        category = instances.pred_classes.cpu().numpy()[found]
+        score = instances.scores.cpu().double().numpy()[found]
+        area = intersections.sum(axis=1)
+        same_label = ids_label == np.array(self._label_ids)[category][:, None]
+        union = areas + area[:, None] - intersections
+        ious = np.where(same_label, intersections / union, 0.0)
+        best = ious.argmax(axis=1)
+        # A small group is ignored twice, as in cityscapesscripts.
+        times = (~is_instance).astype(int) + (areas < MIN_INSTANCE_AREA)
+        ignored = np.isin(ids, list(self._void_label_ids)) + same_label * times
+        return _Detections(
+            category=category,
+            score=score,
+            iou=ious.max(axis=1),
+            gt=np.where(evaluated[best], best, -1),
+            ignored=(ignored * intersections).sum(axis=1) / area,
+            positives=np.array(positives),
+        )
+
+    def evaluate(self) -> OrderedDict[str, dict[str, float]] | None:
+        """The average precisions of all images, in percent.
+
+        Returns:
+            ``{"segm": {...}}`` with ``AP``, ``AP50``, ``AP-<name>`` and ``AP50-<name>``; nan for a
+            class without a true instance, which the averages leave out. None in all processes but
+            the first.
+        """
+        images = self._images
+        if self._distributed:
+            comm.synchronize()
+            gathered = comm.gather(images)
+            if not comm.is_main_process():
+                return None
+            images = {key: image for part in gathered for key, image in part.items()}
+
+        precisions = np.full((len(self._class_names), len(OVERLAPS)), np.nan)
+        if images:
+            whole = _concatenate(list(images.values()))
+            for k in np.flatnonzero(whole.positives):
+                for j, overlap in enumerate(OVERLAPS):
+                    precisions[k, j] = 100 * _average_precision(whole, k, overlap)
+        per_class = list(zip(self._class_names, precisions.tolist(), strict=True))
+        result = {
+            "AP": _mean(precisions.reshape(-1)),
+            "AP50": _mean(precisions[:, 0]),
+            **{f"AP-{name}": math.fsum(row) / len(row) for name, row in per_class},
+            **{f"AP50-{name}": row[0] for name, row in per_class},
+        }
+        self._log(result)
+        return OrderedDict({"segm": result})
+
+    def _log(self, result: Mapping[str, float]) -> None:
+        logger.info(
+            "Cityscapes Instance Segmentation Evaluation Results:\n"
+            + pipe_table(("AP", "AP50"), [[result["AP"], result["AP50"]]])
+        )
+        rows = [(name, result[f"AP-{name}"], result[f"AP50-{name}"]) for name in self._class_names]
+        logger.info(
+            "Per-class Cityscapes Instance Segmentation Evaluation Results:\n"
+            + pipe_table(("class", "AP", "AP50"), rows)
+        )
+
+
+def _concatenate(images: Sequence[_Detections]) -> _Detections:
+    """The detections of several images as one; true instances are numbered throughout."""
+    columns = {name: np.concatenate([getattr(i, name) for i in images]) for name in _PER_DETECTION}
+    number = np.repeat(np.arange(len(images)), [len(i.gt) for i in images])
+    most = max((i.gt.max(initial=-1) for i in images), default=-1) + 1
+    columns["gt"] = np.where(columns["gt"] >= 0, number * most + columns["gt"], -1)
+    return _Detections(**columns, positives=np.sum([i.positives for i in images], axis=0))
+
+
+_PER_DETECTION = [name for name in _Detections._fields if name != "positives"]
+
+
+def _average_precision(whole: _Detections, category: int, overlap: float) -> float:
+    """The area under the precision-recall curve, by the trapezoid rule."""
+    of_class = whole.category == category
+    score, iou, gt, ignored = (
+        column[of_class] for column in (whole.score, whole.iou, whole.gt, whole.ignored)
+    )
+    hit = iou > overlap
+    # Of several detections of one true instance the best is right, and the others are wrong.
+    matched = np.flatnonzero(hit & (gt >= 0))
+    matched = matched[np.lexsort((-score[matched], gt[matched]))]
+    right = np.ones(len(matched), dtype=bool)
+    right[1:] = gt[matched][1:] != gt[matched][:-1]
+    wrong = np.flatnonzero(~hit & (ignored <= overlap))
+
+    scores = np.concatenate((score[matched], score[wrong]))
+    right = np.concatenate((right, np.zeros(len(wrong), dtype=bool)))
+    order = np.argsort(-scores)
+    scores, right = scores[order], np.cumsum(right[order])
+    # Detections of one score stand or fall together.
+    last = np.flatnonzero(np.append(scores[1:] != scores[:-1], True)) if len(scores) else order
+    precision = np.concatenate(([1.0], right[last] / (last + 1)))
+    recall = np.concatenate(([0.0], right[last] / whole.positives[category]))
+    return float((np.diff(recall) * (precision[1:] + precision[:-1]) / 2).sum())
+
+
+def _pixels_per_value(values: np.ndarray, num_values: int, masks: np.ndarray) -> np.ndarray:
+    """How many pixels of each value, of a map (H, W), lie in each mask (N, H, W): (N, values)."""
+    pixels = np.zeros((len(masks), num_values), dtype=np.int64)
+    for row, mask in zip(pixels, masks.astype(bool, copy=False), strict=True):
+        lines = np.flatnonzero(mask.any(axis=1))
+        if len(lines):
+            window = slice(lines[0], lines[-1] + 1)
+            row[:] = np.bincount(values[window][mask[window]], minlength=num_values)
+    return pixels
+
+
+def _read_instance_ids(file_name: str) -> np.ndarray:
+    """The ids in an ``instanceIds`` PNG: integer array (H, W)."""
+    try:
+        with PathManager.open(file_name, "rb") as file:
+            ids = np.asarray(Image.open(file))
+    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for some damaged PNGs
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{file_name}: cannot read the instance ids: {reason}") from error
+    if ids.ndim != 2 or ids.dtype == np.uint8:
+        raise UserError(f"{file_name}: expected a 16-bit grey PNG of instance ids")
+    return ids
+
+
+def _check_size(
+    record: Mapping[str, Any], size: Sequence[int], gt_source: str, gt_size: Sequence[int]
+) -> None:
+    if tuple(size) != tuple(gt_size):
+        raise UserError(
+            f"the prediction for {record['file_name']} is {size[0]} x {size[1]} pixels "
+            f"(height x width), but {gt_source} is {gt_size[0]} x {gt_size[1]}"
+        )
+
+
+def _ious(confusion: np.ndarray) -> list[float]:
+    """The IoU of each row of a confusion matrix, in percent; nan where nothing was found."""
+    correct = np.diagonal(confusion)
+    unions = confusion.sum(axis=0) + confusion.sum(axis=1) - correct
+    return [_percent(c, u) for c, u in zip(correct.tolist(), unions.tolist(), strict=True)]
+
+
+def _percent(part: float, whole: float) -> float:
+    return 100 * part / whole if whole else math.nan
+
+
+def _mean(values: Iterable[float]) -> float:
+    """The mean of those that are not nan; nan if all are."""
+    valid = [value for value in values if not math.isnan(value)]
+    return math.fsum(valid) / len(valid) if valid else math.nan

@@ -1,0 +1,334 @@
+"""COCO box and mask AP (https://cocodataset.org/#detection-eval), for any panoptic dataset."""
+
+import logging
+import math
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pycocotools.mask as mask_util
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.structures import BoxMode, Instances
+from detectron2.utils import comm
+from detectron2.utils.logger import create_small_table
+from faster_coco_eval import COCO, COCOeval_faster
+
+from ..data.coco_json import instances_faults, raise_first, read_json
+from ..data.targets import index_segments
+from ..errors import UserError
+from .panoptic_maps import read_ground_truth
+from .rle import encode_masks
+from .tables import pipe_table
+
+logger = logging.getLogger(__name__)
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+_NEEDED = {"bbox": ("area",), "segm": ("area", "segmentation")}
+"""Fields of an annotation, beside those that every COCO instances JSON has."""
+
+
+@dataclass
+class ImageInstances:
+    """What is kept of an image.
+
+    Attributes:
+        size: height and width.
+        boxes: float32 array (N, 4) of predicted boxes: x, y, width, height.
+        scores: float32 array (N,).
+        classes: int64 array (N,) of contiguous thing categories.
+        masks: the run-length encoding of each predicted mask, None if the model predicts none.
+        annotations: the ground truth of :func:`instance_annotations`, None if it is in a JSON file.
+    """
+
+    size: tuple[int, int]
+    boxes: np.ndarray
+    scores: np.ndarray
+    classes: np.ndarray
+    masks: list[bytes] | None
+    annotations: list[dict[str, Any]] | None
+
+
+def instance_annotations(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The things of a panoptic PNG as COCO annotations, crowds as ``iscrowd``.
+
+    Args:
+        record: dataset dict with ``pan_seg_file_name`` and ``segments_info``.
+
+    Returns:
+        Dicts with ``category_id`` (contiguous), ``iscrowd``, ``area``, ``bbox`` (tight) and
+        ``segmentation`` (run-length encoded, ``counts`` as bytes).
+
+    Raises:
+        UserError: see :func:`read_panoptic_png` and :func:`index_segments`; also a segment without
+            a pixel.
+    """
+    source, segments_info = record["pan_seg_file_name"], record["segments_info"]
+    index = index_segments(read_ground_truth(source), segments_info, source=source)
+    things = [(place, info) for place, info in enumerate(segments_info, 1) if info["isthing"]]
+    places = np.array([place for place, _ in things], dtype=index.dtype)
+    rles = encode_masks(index == places[:, None, None])
+    annotations = []
+    for (_, info), rle in zip(things, rles, strict=True):
+        area = int(mask_util.area(rle))
+        if not area:
+            raise UserError(f"{source}: segments_info has id {info['id']}, which no pixel has")
+        annotations.append(
+            {
+                "category_id": info["category_id"],
+                "iscrowd": info.get("iscrowd", 0),
+                "area": area,
+                "bbox": mask_util.toBbox(rle).tolist(),
+                "segmentation": rle,
+            }
+        )
+    return annotations
+
+
+class InstanceAPEvaluator(DatasetEvaluator):
+    """Box and mask AP of ``instances``, with the keys and values of Detectron2's COCOEvaluator.
+
+    The images that were processed are evaluated, one that comes twice once. Works in one process
+    or several, and gives the same numbers to the last digit however images are ordered and spread
+    over processes. Masks are kept run-length encoded, in memory.
+    """
+
+    def __init__(
+        self,
+        *,
+        thing_classes: Sequence[str],
+        json_file: str | None = None,
+        dataset_id_to_contiguous_id: Mapping[int, int] | None = None,
+        distributed: bool = True,
+    ) -> None:
+        """
+        Args:
+            thing_classes: names of the thing categories.
+            json_file: COCO instance annotations; without it the things of the panoptic PNGs are
+                the ground truth.
+            dataset_id_to_contiguous_id: the category ids of ``json_file`` and the contiguous ones.
+            distributed: gather the results of all processes; otherwise each evaluates its own.
+        """
+        self._class_names = list(thing_classes)
+        self._json_file = json_file
+        self._dataset_id_to_contiguous_id = dict(dataset_id_to_contiguous_id or {})
+        self._distributed = distributed
+        self.reset()
+
+    @classmethod
+    def from_dataset(cls, dataset_name: str, *, distributed: bool = True) -> "InstanceAPEvaluator":
+        """The evaluator of a registered dataset, from its metadata."""
+        metadata = MetadataCatalog.get(dataset_name)
+        return cls(
+            thing_classes=metadata.thing_classes,
+            json_file=metadata.get("json_file", None),
+            dataset_id_to_contiguous_id=metadata.thing_dataset_id_to_contiguous_id,
+            distributed=distributed,
+        )
+
+    def reset(self) -> None:
+        self._images: dict[Hashable, ImageInstances] = {}
+
+    def process(
+        self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Keep the predicted and, where they are in panoptic PNGs, the true instances of images.
+
+        Args:
+            inputs: dataset dicts with ``file_name``, ``image_id``, ``height`` and ``width`` and,
+                without ``json_file``, ``pan_seg_file_name`` and ``segments_info``.
+            outputs: dicts with ``instances``: Instances on any device with ``pred_boxes``,
+                ``scores``, ``pred_classes`` and, for mask AP, ``pred_masks`` (N, H, W).
+
+        Raises:
+            UserError: see :func:`instance_annotations`; also a prediction of another size than
+                its image or of an unknown category.
+        """
+        for record, output in zip(inputs, outputs, strict=True):
+            if record["image_id"] in self._images:
+                continue
+            instances = self._checked(record, output)
+            masks = None
+            if instances.has("pred_masks"):
+                masks = instances.pred_masks.bool().cpu().numpy()
+                masks = [rle["counts"] for rle in encode_masks(masks)]
+            boxes = instances.pred_boxes.tensor
+            self._images[record["image_id"]] = ImageInstances(
+                size=(record["height"], record["width"]),
+                boxes=BoxMode.convert(boxes, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS).cpu().numpy(),
+                scores=instances.scores.cpu().numpy(),
+                classes=instances.pred_classes.cpu().numpy(),
+                masks=masks,
+                annotations=None if self._json_file else instance_annotations(record),
+            )
+
+    def evaluate(self) -> OrderedDict[str, dict[str, float]] | None:
+        """The average precisions over all images, in percent.
+
+        Returns:
+            ``{"bbox": {...}, "segm": {...}}``, the second only where masks are predicted, with
+            ``AP``, ``AP50``, ``AP75``, ``APs``, ``APm``, ``APl`` and ``AP-<name>`` for each thing
+            category; nan where there is no ground truth and, as in Detectron2, where the model
+            predicts nothing at all. Nothing for a dataset without things. None in all processes
+            but the first.
+
+        Raises:
+            UserError: ``json_file`` is not what it should be.
+        """
+        images = self._images
+        if self._distributed:
+            comm.synchronize()
+            gathered = comm.gather(images)
+            if not comm.is_main_process():
+                return None
+            images = {key: image for part in gathered for key, image in part.items()}
+        if not self._class_names:
+            return OrderedDict()
+
+        # Equal scores are ranked by image: always in the order of their ids, as in pycocotools.
+        images = dict(sorted(images.items()))
+        tasks = ["bbox"]
+        if any(image.masks is not None for image in images.values()):
+            tasks.append("segm")
+        ground_truth = self._ground_truth(images, tasks)
+        results: OrderedDict[str, dict[str, float]] = OrderedDict()
+        for task in tasks:
+            detections = _detections(images.values(), task)
+            results[task] = self._average_precisions(ground_truth, detections, task)
+            self._log(task, results[task], len(images))
+        return results
+
+    def _checked(self, record: Mapping[str, Any], output: Mapping[str, Any]) -> Instances:
+        """The instances of a prediction."""
+        source = f"the prediction for {record['file_name']}"
+        if "instances" not in output:
+            raise UserError(f"{source} has no instances, only {sorted(output)}")
+        instances = output["instances"]
+        if instances.image_size != (record["height"], record["width"]):
+            height, width = instances.image_size
+            raise UserError(
+                f"{source} is {height} x {width} pixels (height x width), but its image "
+                f"{record['height']} x {record['width']}"
+            )
+        classes = instances.pred_classes
+        if len(classes) and not 0 <= classes.min() <= classes.max() < len(self._class_names):
+            raise UserError(
+                f"{source} has pred_classes {int(classes.min())}..{int(classes.max())}, but the "
+                f"dataset has {len(self._class_names)} thing categories; set "
+                "MODEL.ROI_HEADS.NUM_CLASSES"
+            )
+        return instances
+
+    def _ground_truth(
+        self, images: Mapping[Hashable, ImageInstances], tasks: Sequence[str]
+    ) -> COCO:
+        """Images are numbered from 1 (faster-coco-eval wants integers), categories too."""
+        if self._json_file is not None:
+            annotations = self._read_json(images, tasks)
+        else:
+            annotations = {image_id: image.annotations for image_id, image in images.items()}
+        numbered = [
+            {**annotation, "image_id": number, "category_id": annotation["category_id"] + 1}
+            for number, image_id in enumerate(images, 1)
+            for annotation in annotations.get(image_id, ())
+        ]
+        return COCO(
+            {
+                "images": [
+                    {"id": number, "height": image.size[0], "width": image.size[1]}
+                    for number, image in enumerate(images.values(), 1)
+                ],
+                "annotations": [
+                    {"iscrowd": 0, **annotation, "id": number}
+                    for number, annotation in enumerate(numbered, 1)
+                ],
+                "categories": [
+                    {"id": number, "name": name} for number, name in enumerate(self._class_names, 1)
+                ],
+            }
+        )
+
+    def _read_json(
+        self, images: Mapping[Hashable, ImageInstances], tasks: Sequence[str]
+    ) -> dict[Hashable, list[dict[str, Any]]]:
+        """The annotations in ``json_file`` of some images, category ids contiguous."""
+        source, to_contiguous = self._json_file, self._dataset_id_to_contiguous_id
+        content = read_json(source)
+        sizes = {
+            image_id: {"height": image.size[0], "width": image.size[1]}
+            for image_id, image in images.items()
+        }
+        raise_first(
+            instances_faults(content, source=source, things=to_contiguous.keys(), images=sizes)
+        )
+        needed = [field for task in tasks for field in _NEEDED[task]]
+        annotations: dict[Hashable, list[dict[str, Any]]] = {image_id: [] for image_id in images}
+        for place, annotation in enumerate(content["annotations"]):
+            if annotation["image_id"] not in annotations:
+                continue
+            if missing := [field for field in needed if field not in annotation]:
+                raise UserError(f"{source}: annotations[{place}]: no field {missing[0]!r}")
+            contiguous = to_contiguous[annotation["category_id"]]
+            annotations[annotation["image_id"]].append({**annotation, "category_id": contiguous})
+        return annotations
+
+    def _average_precisions(
+        self, ground_truth: COCO, detections: list[dict[str, Any]], task: str
+    ) -> dict[str, float]:
+        keys = [*METRICS, *(f"AP-{name}" for name in self._class_names)]
+        if not detections:
+            logger.warning(f"No instances were predicted, so the {task} metrics are nan")
+            return dict.fromkeys(keys, math.nan)
+        evaluation = COCOeval_faster(
+            ground_truth, ground_truth.loadRes(detections), task, print_function=logger.debug
+        )
+        evaluation.run()
+        # IoU threshold, recall, category, area range, detections an image; -1 is none
+        precision = evaluation.eval["precision"][:, :, :, 0, -1]
+        values = [
+            *evaluation.stats[: len(METRICS)],
+            *(_mean(precision[:, :, k]) for k in range(len(self._class_names))),
+        ]
+        return {
+            key: 100 * float(value) if value >= 0 else math.nan
+            for key, value in zip(keys, values, strict=True)
+        }
+
+    def _log(self, task: str, result: Mapping[str, float], num_images: int) -> None:
+        logger.info(
+            f"Evaluation results for {task} on {num_images} images:\n"
+            + create_small_table({metric: result[metric] for metric in METRICS})
+        )
+        columns = min(3, len(self._class_names))
+        cells = [cell for name in self._class_names for cell in (name, result[f"AP-{name}"])]
+        rows = [cells[i : i + 2 * columns] for i in range(0, len(cells), 2 * columns)]
+        logger.info(f"Per-category {task} AP:\n" + pipe_table(["category", "AP"] * columns, rows))
+
+
+def _detections(images: Iterable[ImageInstances], task: str) -> list[dict[str, Any]]:
+    """The predictions in the COCO result format, images and categories numbered from 1.
+
+    One task at a time: beside boxes, masks would be sorted by the area of the boxes.
+    """
+    detections = []
+    for number, image in enumerate(images, 1):
+        if task == "segm":
+            size = list(image.size)
+            shapes = [
+                {"segmentation": {"size": size, "counts": counts}} for counts in image.masks or ()
+            ]
+        else:
+            shapes = [{"bbox": box} for box in image.boxes.tolist()]
+        categories = (image.classes + 1).tolist()
+        for shape, category, score in zip(shapes, categories, image.scores.tolist(), strict=True):
+            detections.append(
+                {"image_id": number, "category_id": category, "score": score, **shape}
+            )
+    return detections
+
+
+def _mean(precision: np.ndarray) -> float:
+    precision = precision[precision > -1]
+    return float(precision.mean()) if precision.size else math.nan

@@ -1,0 +1,141 @@
+"""Files for the panoptic test servers of COCO and Cityscapes: JSON and PNGs in one zip.
+
+Both take the COCO result format (https://cocodataset.org/#format-results): a JSON file and a
+folder of the same name with a panoptic PNG for each image, category ids being the official ones.
+"""
+
+import json
+import logging
+import os
+import shutil
+import zipfile
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+
+from ..data.panoptic_png import write_panoptic_png
+from ..errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class PanopticSubmissionWriter(DatasetEvaluator):
+    """Writes predictions as they come; in the end the main process puts them into a zip.
+
+    The PNGs are written by the process that predicts them, into a folder beside the zip that is
+    removed in the end. Processes on several machines must share it.
+    """
+
+    def __init__(
+        self,
+        *,
+        zip_file: str | os.PathLike,
+        name: str,
+        thing_category_ids: Sequence[int],
+        stuff_category_ids: Sequence[int],
+        distributed: bool = True,
+    ) -> None:
+        """
+        Args:
+            zip_file: what to write.
+            name: of the JSON file and the folder in it.
+            thing_category_ids: official id of each thing category.
+            stuff_category_ids: official id of each semantic class.
+            distributed: gather from all processes; otherwise each writes its own.
+        """
+        self._zip_file = Path(zip_file)
+        self._folder = self._zip_file.with_suffix("")
+        self._name = name
+        self._category_ids = {True: list(thing_category_ids), False: list(stuff_category_ids)}
+        self._distributed = distributed
+        self.reset()
+
+    @classmethod
+    def from_dataset(
+        cls, dataset_name: str, output_folder: str | os.PathLike, *, distributed: bool = True
+    ) -> "PanopticSubmissionWriter":
+        """The writer of ``output_folder/<dataset>_submission.zip``.
+
+        Names in it are ``submission_name`` of the dataset's metadata; by default those that the
+        COCO server wants, ``panoptic_<split>_<algorithm>_results``.
+        """
+        metadata = MetadataCatalog.get(dataset_name)
+        name = f"{Path(metadata.panoptic_json).stem}_panoptic-fpn_results"
+        return cls(
+            zip_file=Path(output_folder) / f"{dataset_name}_submission.zip",
+            name=metadata.get("submission_name", name),
+            thing_category_ids=list(metadata.thing_dataset_id_to_contiguous_id),
+            stuff_category_ids=list(metadata.stuff_dataset_id_to_contiguous_id),
+            distributed=distributed,
+        )
+
+    def reset(self) -> None:
+        self._annotations: dict[Hashable, dict[str, Any]] = {}
+
+    def process(
+        self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Write the panoptic PNGs of some images.
+
+        Args:
+            inputs: dataset dicts with ``file_name`` and ``image_id``.
+            outputs: dicts with ``panoptic_seg``, see :class:`PanopticQualityEvaluator`.
+        """
+        folder = self._folder / self._name
+        folder.mkdir(parents=True, exist_ok=True)
+        for record, output in zip(inputs, outputs, strict=True):
+            ids, segments = output["panoptic_seg"]
+            png = f"{Path(record['file_name']).stem}.png"
+            write_panoptic_png(folder / png, np.maximum(ids.cpu().numpy(), 0))  # -1 is void too
+            self._annotations[record["image_id"]] = {
+                "image_id": record["image_id"],
+                "file_name": png,
+                "segments_info": [
+                    {
+                        "id": segment["id"],
+                        "category_id": self._category_ids[segment["isthing"]][
+                            segment["category_id"]
+                        ],
+                    }
+                    for segment in segments
+                ],
+            }
+
+    def evaluate(self) -> None:
+        """Write the zip, in the main process.
+
+        Raises:
+            UserError: two images have one name, or PNGs of other processes are not to be found.
+        """
+        annotations = self._annotations
+        if self._distributed:
+            comm.synchronize()
+            gathered = comm.gather(annotations)
+            if not comm.is_main_process():
+                return
+            annotations = {key: value for part in gathered for key, value in part.items()}
+        annotations = [annotations[image_id] for image_id in sorted(annotations)]
+        pngs = [self._folder / self._name / entry["file_name"] for entry in annotations]
+        if len(set(pngs)) < len(pngs):
+            raise UserError(f"{self._zip_file}: two images have one name, and so would their PNGs")
+        if absent := [png for png in pngs if not png.is_file()]:
+            raise UserError(
+                f"{len(absent)} of {len(pngs)} predictions are missing, first {absent[0]}: with "
+                "several machines OUTPUT_DIR must be a folder that all of them share"
+            )
+
+        self._zip_file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._zip_file.with_suffix(".zip.partial")
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as file:  # PNGs do not shrink
+            content = json.dumps({"annotations": annotations})
+            file.writestr(f"{self._name}.json", content, zipfile.ZIP_DEFLATED)
+            for png in pngs:
+                file.write(png, f"{self._name}/{png.name}")
+        partial.replace(self._zip_file)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        logger.info(f"Submission of {len(pngs)} images written to {self._zip_file}")
