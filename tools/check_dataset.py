@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from tabulate import tabulate
@@ -55,7 +56,7 @@ def main() -> int:
     return 1 if report.faults else 0
 
 
-def _paths(args: argparse.Namespace) -> dict[str, str]:
+def _paths(args: argparse.Namespace) -> dict[str, Any]:
     """Where the dataset is, from its name or from the arguments; all of it exists."""
     given = {name: getattr(args, name) for name in (*FOLDERS, *FILES) if getattr(args, name)}
     if args.name and given:
@@ -69,7 +70,7 @@ def _paths(args: argparse.Namespace) -> dict[str, str]:
         names = {"instances_json": "json_file"}
         given = {
             name: metadata[names.get(name, name)]
-            for name in (*FOLDERS, *FILES)
+            for name in (*FOLDERS, *FILES, "image_file_name")
             if metadata.get(names.get(name, name))
         }
     for name in (*FOLDERS, "panoptic_json"):
@@ -80,8 +81,9 @@ def _paths(args: argparse.Namespace) -> dict[str, str]:
                 else "needed are a dataset's name, or --image-root, --panoptic-root and "
                 "--panoptic-json"
             )
-    for name, path in given.items():
-        if not (os.path.isdir(path) if name in FOLDERS else os.path.isfile(path)):
+    for name in (*FOLDERS, *FILES):
+        path = given.get(name)
+        if path and not (os.path.isdir(path) if name in FOLDERS else os.path.isfile(path)):
             kind = "folder" if name in FOLDERS else "file"
             raise UserError(f"{path}: no such {kind} ({name}); see datasets/README.md")
     return given

@@ -2,8 +2,9 @@
 
 import os
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 import cv2
@@ -67,13 +68,14 @@ def check_panoptic_dataset(
     panoptic_root: str | os.PathLike,
     panoptic_json: str | os.PathLike,
     instances_json: str | os.PathLike | None = None,
+    image_file_name: Callable[[dict[str, Any]], str] = itemgetter("file_name"),
     workers: int = 0,
     progress: bool = False,
 ) -> Report:
     """Read all of a dataset in the COCO panoptic format and list what is wrong in it.
 
     Args:
-        image_root, panoptic_root, panoptic_json, instances_json: as in
+        image_root, panoptic_root, panoptic_json, instances_json, image_file_name: as in
             :func:`~panoptic_fpn_ext.data.registration.register_panoptic_dataset`.
         workers: processes to read the images in; 0 reads them in this one.
         progress: show a progress bar.
@@ -88,7 +90,7 @@ def check_panoptic_dataset(
     except UserError as error:
         return Report([_of_file("unreadable-json", source, error)], Statistics())
     faults = list(panoptic_faults(content, source=source))
-    images = list(_usable_images(content, str(image_root), str(panoptic_root)))
+    images = list(_usable_images(content, image_root, panoptic_root, image_file_name))
     faults += [
         Fault("missing-annotation", source, "in images, but has no annotation", image.image_id)
         for image in images
@@ -201,7 +203,12 @@ def _extent_faults(
     ]
 
 
-def _usable_images(content: Any, image_root: str, panoptic_root: str) -> list[_Image]:
+def _usable_images(
+    content: Any,
+    image_root: str | os.PathLike,
+    panoptic_root: str | os.PathLike,
+    image_file_name: Callable[[dict[str, Any]], str],
+) -> list[_Image]:
     """What can be looked at, each image once; what cannot is a fault of the JSON."""
     if not isinstance(content, dict):
         return []
@@ -225,11 +232,9 @@ def _usable_images(content: Any, image_root: str, panoptic_root: str) -> list[_I
         png = os.path.join(panoptic_root, annotation["file_name"]) if annotation else None
         segments = _dicts(annotation.get("segments_info")) if annotation else []
         segments = {repr(info.get("id")): info for info in reversed(segments)}
+        path = os.path.join(image_root, image_file_name(image))
         images.setdefault(
-            image_id,
-            _Image(
-                os.path.join(image_root, name), png, image_id, *size, list(segments.values())[::-1]
-            ),
+            image_id, _Image(path, png, image_id, *size, list(segments.values())[::-1])
         )
     return list(images.values())
 
