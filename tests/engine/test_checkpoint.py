@@ -74,6 +74,7 @@ def test_other_shapes_and_missing_parameters_are_errors_in_evaluation(
     content = torch.load(checkpoint)
     content["model"][name] = right[:, :3]
     torch.save(content, tmp_path / "other.pth")
+    checkpointer = PanopticFPNCheckpointer(build_model(ext_cfg), complete=True)
     with pytest.raises(UserError, match=rf"other\.pth: {name} has shape \[\d+, 3, 3, 3\], but \["):
         checkpointer.load(str(tmp_path / "other.pth"))
 
