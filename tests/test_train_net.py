@@ -60,8 +60,8 @@ def test_training_in_two_processes_resumes(shapes, tmp_path):
         (["--config-file", CONFIG, "SOLVER.OPTIMIZER", "LION"], "allowed are ['SGD', 'ADAMW']"),
     ],
 )
-def test_mistakes_get_one_line_and_status_2(shapes, arguments, message):
-    run = train_net(*arguments)
+def test_mistakes_get_one_line_and_status_2(shapes, tmp_path, arguments, message):
+    run = train_net(*arguments, "OUTPUT_DIR", tmp_path)
     assert run.returncode == 2
     assert run.stderr.strip().splitlines()[-1].startswith("train_net.py: error: ")
     assert message in run.stderr.strip().splitlines()[-1]

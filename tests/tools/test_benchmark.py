@@ -9,6 +9,8 @@ import pytest
 
 from ..conftest import REPOSITORY
 
+SMALL = ["--threads", 1, "--backbone", "R18", "--sizes", "96x128", "--rounds", 1]
+
 
 def benchmark(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run(
@@ -20,23 +22,67 @@ def benchmark(*arguments) -> subprocess.CompletedProcess:
     )
 
 
+def figures(run: subprocess.CompletedProcess, path) -> dict:
+    """The JSON of a run, whose figures must be consistent with each other."""
+    assert run.returncode == 0, run.stderr[-3000:]
+    content = json.loads(path.read_text())
+    assert content["environment"]["cores"] == 1
+    assert content["same_answer"] is True
+    for comparison in content["comparisons"]:
+        assert comparison["same_answer"] is True
+        ours, theirs = comparison["ours_ms"], comparison["detectron2_ms"]
+        for times in (ours, theirs):
+            assert 0 < times["lower"] <= times["median"] <= times["upper"]
+        ratio = theirs["median"] / ours["median"]
+        assert comparison["ratio"] == pytest.approx(ratio, abs=0.01)
+        assert comparison["what"] in run.stdout
+    return content
+
+
 def test_evaluation_compares_and_checks(tmp_path):
     path = tmp_path / "figures.json"
     run = benchmark(
         *("evaluation", "--sizes", "96x128", "--images", 2, "--rounds", 2, "--json", path)
     )
-    assert run.returncode == 0, run.stderr[-3000:]
-    content = json.loads(path.read_text())
-    assert content["environment"]["cores"] == 1
-    assert [c["what"] for c in content["comparisons"]] == ["PQ", "mIoU", "box and mask AP"]
-    for comparison in content["comparisons"]:
-        assert comparison["size"] == "96x128"
-        assert comparison["same_answer"] is True
-        ours, theirs = comparison["ours_ms"], comparison["detectron2_ms"]
-        for times in (ours, theirs):
-            assert 0 < times["lower"] <= times["median"] <= times["upper"]
-        assert comparison["ratio"] == pytest.approx(theirs["median"] / ours["median"], abs=0.01)
-        assert comparison["what"] in run.stdout
+    comparisons = figures(run, path)["comparisons"]
+    assert [c["what"] for c in comparisons] == ["PQ", "mIoU", "box and mask AP"]
+    assert {c["size"] for c in comparisons} == {"96x128"}
+
+
+@pytest.mark.slow
+def test_inference_compares_and_checks(tmp_path):
+    path = tmp_path / "figures.json"
+    run = benchmark("inference", *SMALL, "--detections", 6, "--peers", "--json", path)
+    content = figures(run, path)
+    network = ["preprocess", "backbone", "semantic head", "RPN", "ROI heads"]
+    rows = [(c["what"], c["outputs"]) for c in content["comparisons"]]
+    assert rows == [(stage, None) for stage in network] + [
+        (what, outputs)
+        for outputs in ("panoptic_seg", "all")
+        for what in ("after the network", "whole image")
+    ]
+    assert {c["detections"] for c in content["comparisons"]} == {6}
+    *stages, whole = (c for c in content["comparisons"] if c["outputs"] != "all")
+    for side in ("ours_ms", "detectron2_ms"):
+        total = sum(stage[side]["median"] for stage in stages)
+        assert total == pytest.approx(whole[side]["median"], rel=0.1)
+    alone, everything = (c for c in content["comparisons"] if c["what"] == "after the network")
+    assert 0 < alone["ours_mb"] < everything["ours_mb"] <= everything["detectron2_mb"]
+    assert alone["agreement"]["labels_equal"] >= 0.9999
+    assert alone["agreement"]["segments_equal"] == 1
+    assert set(everything["agreement"]) > {"sem_seg_difference", "instance_masks_equal"}
+    assert "torchvision Mask R-CNN" in content["peers"][0]["what"]
+
+
+@pytest.mark.slow
+def test_training_compares_and_checks(tmp_path):
+    path = tmp_path / "figures.json"
+    run = benchmark("training", *SMALL, "--data-images", 2, "--json", path)
+    *_, step, data = figures(run, path)["comparisons"]
+    assert step["what"] == "training step, 1 image(s)"
+    assert step["ours_mb"] > 0
+    assert max(step["agreement"].values()) <= 1e-3
+    assert data["what"] == "data, one worker"
 
 
 @pytest.mark.parametrize(
@@ -44,9 +90,14 @@ def test_evaluation_compares_and_checks(tmp_path):
     [
         (["evaluation", "--sizes", "480"], "'480' is not HEIGHTxWIDTH"),
         (["evaluation", "--rounds", "0"], "'0' is not a positive integer"),
+        (["inference", "--sizes", "large"], "coco or cityscapes"),
+        (["training", "--device", "tpu"], "'tpu' is neither cpu nor cuda"),
     ],
 )
-def test_mistakes_get_one_line(arguments, message):
-    run = benchmark(*arguments)
-    assert run.returncode == 2
-    assert message in run.stderr.splitlines()[-1]
+def test_mistakes_get_one_line(arguments, message, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(REPOSITORY / "tools")
+    from benchmark import parser
+
+    with pytest.raises(SystemExit, match="2"):
+        parser().parse_args(arguments)
+    assert message in capsys.readouterr().err.splitlines()[-1]
