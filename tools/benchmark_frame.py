@@ -1,0 +1,264 @@
+"""Measuring by turns: times, memory, how much two answers agree, and the report of it all."""
+
+import contextlib
+import itertools
+import json
+import os
+import platform
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import cv2
+import detectron2
+import numpy as np
+import torch
+from tabulate import tabulate
+from torch.profiler import ProfilerActivity, profile, record_function
+
+T = TypeVar("T")
+MB = 2**20
+
+
+@dataclass
+class Times:
+    """Milliseconds an image: median and quartiles over the rounds."""
+
+    median: float
+    lower: float
+    upper: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float], num_images: int = 1) -> "Times":
+        milliseconds = [1000 * s / num_images for s in seconds]
+        lower, upper = np.quantile(milliseconds, (0.25, 0.75)).tolist()
+        return cls(*(round(t, 3) for t in (statistics.median(milliseconds), lower, upper)))
+
+    def __str__(self) -> str:
+        return f"{self.median:.1f} ({self.lower:.1f}-{self.upper:.1f})"
+
+
+@dataclass
+class Comparison:
+    """One thing measured of both."""
+
+    what: str
+    size: str
+    ours_ms: Times
+    detectron2_ms: Times
+    same_answer: bool
+    ratio: float = field(init=False)
+    """Detectron2's time over ours."""
+    outputs: str | None = None
+    detections: int | None = None
+    ours_mb: float | None = None
+    detectron2_mb: float | None = None
+    memory_share: float | None = field(init=False, default=None)
+    """Our memory over Detectron2's."""
+    agreement: dict[str, float] = field(default_factory=dict)
+    """What ``same_answer`` was judged by."""
+
+    def __post_init__(self) -> None:
+        self.ratio = round(self.detectron2_ms.median / self.ours_ms.median, 2)
+        if self.ours_mb is not None and self.detectron2_mb:
+            self.memory_share = round(self.ours_mb / self.detectron2_mb, 3)
+
+
+@dataclass
+class Peer:
+    """Something else that does a part of the work."""
+
+    what: str
+    size: str
+    ms: Times
+
+
+def by_turns(runs: Sequence[Callable[[], T]], rounds: int) -> tuple[list[T], list[list[T]]]:
+    """Run all by turns: A B A B ...
+
+    Returns:
+        What each returned in a first turn, which is not to be timed, and then in ``rounds``.
+    """
+    first = [run() for run in runs]
+    results: list[list[T]] = [[] for _ in runs]
+    for _ in range(rounds):
+        for times, run in zip(results, runs, strict=True):
+            times.append(run())
+    return first, results
+
+
+class Stages:
+    """Cuts a run into stages: what runs calls :meth:`enter` where a stage begins."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._on_enter: Callable[[str], None] = lambda stage: None
+
+    def enter(self, stage: str) -> None:
+        self._on_enter(stage)
+
+    def time(self, run: Callable[[], T]) -> tuple[T, dict[str, float]]:
+        """What ``run`` returns, and seconds by stage; the whole of it under ``""``.
+
+        A GPU is waited for in the end only; until then it notes the borders of stages itself.
+        """
+        on_gpu = self.device.type == "cuda"
+        marks: list[tuple[str, Any]] = []
+
+        def mark(stage: str) -> None:
+            if on_gpu:
+                marks.append((stage, torch.cuda.Event(enable_timing=True)))
+                marks[-1][1].record()
+            else:
+                marks.append((stage, time.perf_counter()))
+
+        self._synchronize()
+        start = time.perf_counter()
+        with self._entering(mark):
+            result = run()
+            mark("")
+        self._synchronize()
+        seconds = {"": time.perf_counter() - start}
+        for (stage, begin), (_, end) in itertools.pairwise(marks):
+            elapsed = begin.elapsed_time(end) / 1000 if on_gpu else end - begin
+            seconds[stage] = seconds.get(stage, 0.0) + elapsed
+        return result, seconds
+
+    def memory(self, run: Callable[[], Any]) -> list["StageMemory"]:
+        """The memory of each stage in turn, as PyTorch's allocator tells."""
+        return self._gpu_memory(run) if self.device.type == "cuda" else self._cpu_memory(run)
+
+    def _gpu_memory(self, run: Callable[[], Any]) -> list["StageMemory"]:
+        stages: list[StageMemory] = []
+        before = torch.cuda.memory_allocated(self.device)
+
+        def enter(stage: str) -> None:
+            if stages:
+                peak = torch.cuda.max_memory_allocated(self.device) - before
+                stages[-1] = stages[-1]._replace(peak=peak)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            now = torch.cuda.memory_allocated(self.device) - before
+            stages.append(StageMemory(stage, now, now))
+
+        with self._entering(enter):
+            result = run()
+            enter("")
+        del result
+        return stages[:-1]
+
+    def _cpu_memory(self, run: Callable[[], Any]) -> list["StageMemory"]:
+        prefix = "stage: "
+
+        def enter(stage: str) -> None:
+            with record_function(prefix + stage):
+                pass
+
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            with self._entering(enter):
+                result = run()
+                enter("")
+            del result
+        with tempfile.TemporaryDirectory() as folder:
+            trace = Path(folder, "trace.json")
+            profiler.export_chrome_trace(str(trace))
+            events = json.loads(trace.read_text())["traceEvents"]
+        live, stages = 0, []
+        for event in sorted(events, key=lambda e: e.get("ts", 0)):
+            if event["name"] == "[memory]":
+                live += event["args"]["Bytes"]
+                if stages:
+                    stages[-1] = stages[-1]._replace(peak=max(stages[-1].peak, live))
+            elif event["name"].startswith(prefix):
+                stages.append(StageMemory(event["name"].removeprefix(prefix), live, live))
+        return stages[:-1]
+
+    @contextlib.contextmanager
+    def _entering(self, on_enter: Callable[[str], None]) -> Iterator[None]:
+        before, self._on_enter = self._on_enter, on_enter
+        try:
+            yield
+        finally:
+            self._on_enter = before
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+class StageMemory(NamedTuple):
+    """Bytes allocated since the run began: when a stage begins, and at most while it lasts."""
+
+    stage: str
+    start: int
+    peak: int
+
+
+def use_cores(number: int | None) -> None:
+    """Let everything use so many cores; by default all that there are."""
+    available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    number = number or len(available) or os.cpu_count() or 1
+    torch.set_num_threads(number)
+    cv2.setNumThreads(number)
+    if available:  # threads of other libraries
+        os.sched_setaffinity(0, available[:number])
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What the figures depend on."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        cpu = found[1] if found else cpu
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+    return {
+        **gpu,
+        "cpu": cpu,
+        "cores": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "detectron2": detectron2.__version__,
+    }
+
+
+def report(
+    comparisons: Sequence[Comparison],
+    peers: Sequence[Peer],
+    settings: Mapping[str, Any],
+    json_file: Path | None,
+) -> None:
+    """Print tables; write everything as JSON where asked for."""
+    columns: dict[str, Callable[[Comparison], Any]] = {
+        "": lambda c: c.what,
+        "size": lambda c: c.size,
+        "detections": lambda c: c.detections,
+        "outputs": lambda c: c.outputs,
+        "ours, ms an image": lambda c: c.ours_ms,
+        "Detectron2": lambda c: c.detectron2_ms,
+        "ratio": lambda c: f"{c.ratio:.2f}",
+        "ours, MB": lambda c: c.ours_mb,
+        "Detectron2, MB": lambda c: c.detectron2_mb,
+        "share": lambda c: c.memory_share,
+        "same answer": lambda c: "yes" if c.same_answer else "NO",
+    }
+    cells = {name: [value(c) for c in comparisons] for name, value in columns.items()}
+    cells = {k: column for k, column in cells.items() if any(v is not None for v in column)}
+    print(tabulate(cells, headers="keys", tablefmt="pipe", disable_numparse=True))
+    if peers:
+        rows = [(peer.what, peer.size, peer.ms) for peer in peers]
+        headers = ["others", "size", "ms an image"]
+        print("\n" + tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True))
+    print("\nMedian and quartiles. " + ", ".join(f"{k} {v}" for k, v in settings.items()))
+    if json_file:
+        content = {
+            "environment": dict(settings),
+            "same_answer": all(c.same_answer for c in comparisons),
+            "comparisons": [asdict(comparison) for comparison in comparisons],
+            "peers": [asdict(peer) for peer in peers],
+        }
+        json_file.write_text(json.dumps(content, indent=2) + "\n")
