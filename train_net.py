@@ -36,7 +36,9 @@ def main(args: argparse.Namespace, cfg: CfgNode) -> None:
 
 
 if __name__ == "__main__":
-    arguments = default_argument_parser(epilog=__doc__).parse_args()
+    parser = default_argument_parser(epilog=__doc__)
+    parser.set_defaults(dist_url="auto")
+    arguments = parser.parse_args()
     try:
         config = setup(arguments)
         launch(

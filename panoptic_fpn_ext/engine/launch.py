@@ -1,5 +1,6 @@
 """Starting the processes of a run: Detectron2's ``launch``, on machines without a GPU too."""
 
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -29,18 +30,24 @@ def launch(
         num_processes: processes on this machine (``--num-gpus``).
         num_machines: machines in all; the command is called on each.
         machine_rank: which of them this is.
-        dist_url: where the processes meet, ``tcp://host:port``.
+        dist_url: where the processes meet, ``tcp://host:port``; ``"auto"`` on one machine.
         args: arguments of ``main``.
 
     Raises:
-        UserError: one that ``main`` raised, in whatever process.
+        UserError: one that ``main`` raised, in whatever process; or several machines without a
+            ``dist_url``.
     """
-    worker_args = (main, num_processes, num_machines, machine_rank, dist_url, args)
+    if dist_url == "auto" and num_machines > 1:
+        raise UserError("--dist-url is needed with several machines: tcp://HOST:PORT of the first")
     try:
-        if torch.cuda.is_available() or num_processes * num_machines <= 1:
-            detectron2_launch(*worker_args)
-        else:
-            mp.spawn(_cpu_worker, worker_args, nprocs=num_processes)
+        with tempfile.TemporaryDirectory() as folder:
+            if dist_url == "auto":
+                dist_url = f"file://{folder}/rendezvous"  # no port that another run may have
+            worker_args = (main, num_processes, num_machines, machine_rank, dist_url, args)
+            if torch.cuda.is_available() or num_processes * num_machines <= 1:
+                detectron2_launch(*worker_args)
+            else:
+                mp.spawn(_cpu_worker, worker_args, nprocs=num_processes)
     except mp.ProcessRaisedException as error:
         traceback = str(error).strip()
         if "UserError: " in traceback.splitlines()[-1]:
