@@ -138,7 +138,7 @@ class PanopticFPNExt(GeneralizedRCNN):
             features = self._features_for("instance", features)
             instances = [x["instances"].to(self.device) for x in batched_inputs]
             proposals, proposal_losses = self.proposal_generator(images, features, instances)
-            _, roi_losses = self.roi_heads(images, features, proposals, instances)
+            _, roi_losses = self.roi_heads(images, _planar(features), proposals, instances)
             losses.update(proposal_losses)
             losses.update({k: v * self.instance_loss_weight for k, v in roi_losses.items()})
         return losses
@@ -170,7 +170,7 @@ class PanopticFPNExt(GeneralizedRCNN):
         if self.postprocess.needs("instances") or not do_postprocess:
             features = self._features_for("instance", features)
             proposals, _ = self.proposal_generator(images, features, None)
-            instances, _ = self.roi_heads(images, features, proposals, None)
+            instances, _ = self.roi_heads(images, _planar(features), proposals, None)
         if not do_postprocess:
             return instances, sem_seg
         return [
@@ -206,3 +206,9 @@ class PanopticFPNExt(GeneralizedRCNN):
         if hasattr(self.backbone, "padding_constraints"):  # newer than Detectron2 v0.6
             args.append(self.backbone.padding_constraints)
         return ImageList.from_tensors(sem_seg, *args).tensor
+
+
+def _planar(features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Features with each channel in one piece, as RoIAlign wants them; it would copy them anew for
+    every head and cascade stage."""
+    return {name: feature.contiguous() for name, feature in features.items()}
