@@ -2,7 +2,8 @@
 dataset is evaluated with."""
 
 from .build import build_evaluator, evaluator_builders
-from .cityscapes import CityscapesInstanceEvaluator, CityscapesSemSegEvaluator
+from .cityscapes_instances import CityscapesInstanceEvaluator
+from .cityscapes_sem_seg import CityscapesSemSegEvaluator
 from .instance_ap import InstanceAPEvaluator
 from .panoptic_quality import PanopticQualityEvaluator
 from .registry import DETECTRON2_EVALUATOR_REGISTRY, EVALUATOR_REGISTRY, needs

@@ -20,7 +20,8 @@ from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 
 from ..errors import UserError
 from . import detectron2_evaluators  # noqa: F401  (fills its registry)
-from .cityscapes import CityscapesInstanceEvaluator, CityscapesSemSegEvaluator
+from .cityscapes_instances import CityscapesInstanceEvaluator
+from .cityscapes_sem_seg import CityscapesSemSegEvaluator
 from .instance_ap import InstanceAPEvaluator
 from .panoptic_quality import PanopticQualityEvaluator
 from .registry import (

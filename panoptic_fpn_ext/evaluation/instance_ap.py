@@ -12,16 +12,15 @@ import pycocotools.mask as mask_util
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import BoxMode, Instances
-from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 from faster_coco_eval import COCO, COCOeval_faster
 
 from ..data.coco_json import instances_faults, raise_first, read_json
 from ..data.targets import index_segments
 from ..errors import UserError
+from .common import gather_images, pipe_table
 from .panoptic_maps import read_ground_truth
 from .rle import encode_masks
-from .tables import pipe_table
 
 logger = logging.getLogger(__name__)
 
@@ -177,13 +176,9 @@ class InstanceAPEvaluator(DatasetEvaluator):
         Raises:
             UserError: ``json_file`` is not what it should be.
         """
-        images = self._images
-        if self._distributed:
-            comm.synchronize()
-            gathered = comm.gather(images)
-            if not comm.is_main_process():
-                return None
-            images = {key: image for part in gathered for key, image in part.items()}
+        images = gather_images(self._images, distributed=self._distributed)
+        if images is None:
+            return None
         if not self._class_names:
             return OrderedDict()
 

@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.utils import comm
 
 from ..errors import UserError
+from .common import gather_images, pipe_table
 from .panoptic_maps import joint_runs, read_ground_truth
-from .tables import pipe_table
 
 logger = logging.getLogger(__name__)
 
@@ -244,13 +243,9 @@ class PanopticQualityEvaluator(DatasetEvaluator):
             a category or an average without any is nan (panopticapi has 0 for such a category
             and fails for such an average). None in all processes but the first.
         """
-        images = self._images
-        if self._distributed:
-            comm.synchronize()
-            gathered = comm.gather(images)
-            if not comm.is_main_process():
-                return None
-            images = {key: matches for part in gathered for key, matches in part.items()}
+        images = gather_images(self._images, distributed=self._distributed)
+        if images is None:
+            return None
 
         totals = {category: CategoryMatches() for category in self._names}
         for matches in images.values():

@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 from ..data.targets import sem_seg_from_panoptic
 from ..errors import UserError
+from .common import check_size, gather, pipe_table
 from .panoptic_maps import joint_runs, read_ground_truth
-from .tables import pipe_table
 
 logger = logging.getLogger(__name__)
 
@@ -80,12 +79,7 @@ class SemSegIoUEvaluator(DatasetEvaluator):
         for record, output in zip(inputs, outputs, strict=True):
             gt_source, gt = self._ground_truth(record)
             pred = self._prediction(record, output)
-            if pred.shape != gt.shape:
-                raise UserError(
-                    f"the prediction for {record['file_name']} is {pred.shape[0]} x "
-                    f"{pred.shape[1]} pixels (height x width), but {gt_source} is "
-                    f"{gt.shape[0]} x {gt.shape[1]}"
-                )
+            check_size(record, pred.shape, gt_source, gt.shape)
             num_classes = len(self._class_names)
             true, predicted, lengths = joint_runs(gt, pred)
             counts = np.bincount(
@@ -111,13 +105,10 @@ class SemSegIoUEvaluator(DatasetEvaluator):
             counts as 0), ``fwIoU``, ``IoU-<name>``, ``mACC``, ``pACC`` and ``ACC-<name>``; nan for
             a class that is nowhere true. None in all processes but the first.
         """
-        confusion = self._confusion
-        if self._distributed:
-            comm.synchronize()
-            gathered = comm.gather(confusion)
-            if not comm.is_main_process():
-                return None
-            confusion = np.sum(gathered, axis=0)
+        parts = gather(self._confusion, distributed=self._distributed)
+        if parts is None:
+            return None
+        confusion = np.sum(parts, axis=0)
         result = self._scores(confusion)
         self._log(result)
         return OrderedDict({"sem_seg": result})

@@ -23,10 +23,8 @@ from PIL import Image
 from panoptic_fpn_ext import UserError
 from panoptic_fpn_ext.data.builtin import register_cityscapes
 from panoptic_fpn_ext.evaluation import DETECTRON2_EVALUATOR_REGISTRY, EVALUATOR_REGISTRY
-from panoptic_fpn_ext.evaluation.cityscapes import (
-    CityscapesInstanceEvaluator,
-    CityscapesSemSegEvaluator,
-)
+from panoptic_fpn_ext.evaluation.cityscapes_instances import CityscapesInstanceEvaluator
+from panoptic_fpn_ext.evaluation.cityscapes_sem_seg import CityscapesSemSegEvaluator
 
 CLASSES = [trainId2label[i].name for i in range(19)]
 THINGS = [name for name in CLASSES if name2label[name].hasInstances]
