@@ -66,3 +66,4 @@ def test_mistakes_get_one_line_and_status_2(shapes, tmp_path, arguments, message
     assert run.stderr.strip().splitlines()[-1].startswith("train_net.py: error: ")
     assert message in run.stderr.strip().splitlines()[-1]
     assert "Traceback" not in run.stderr
+    assert not any(tmp_path.iterdir())  # nothing was written before

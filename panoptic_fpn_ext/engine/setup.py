@@ -14,6 +14,7 @@ from ..config import add_panoptic_fpn_config, resolve_dataset_keys
 from ..data import register_datasets_of_config
 from ..errors import UserError
 from ..evaluation import evaluator_builders
+from .trainer import optimizer_named
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -46,6 +47,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     _check_datasets(cfg.DATASETS.TEST, "DATASETS.TEST")
     if not args.eval_only:
         _check_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
+        optimizer_named(cfg.SOLVER.OPTIMIZER)
     weights = cfg.MODEL.WEIGHTS
     if weights and "://" not in weights and not os.path.isfile(weights):
         raise UserError(f"MODEL.WEIGHTS {weights}: no such file")

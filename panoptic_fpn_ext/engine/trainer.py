@@ -30,6 +30,17 @@ logging.getLogger("detectron2.engine.train_loop").addFilter(
 OPTIMIZERS = {"SGD": torch.optim.SGD, "ADAMW": torch.optim.AdamW}
 
 
+def optimizer_named(name: str) -> type[torch.optim.Optimizer]:
+    """The class of a ``SOLVER.OPTIMIZER``.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in OPTIMIZERS:
+        raise UserError(f"SOLVER.OPTIMIZER {name!r}: allowed are {list(OPTIMIZERS)}")
+    return OPTIMIZERS[name]
+
+
 class Trainer(DefaultTrainer):
     """Trains on any panoptic dataset, on GPUs or CPUs, and writes the scores as JSON."""
 
@@ -59,10 +70,8 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer ``SOLVER.OPTIMIZER`` names."""
-        name = cfg.SOLVER.OPTIMIZER
-        if name not in OPTIMIZERS:
-            raise UserError(f"SOLVER.OPTIMIZER {name!r}: allowed are {list(OPTIMIZERS)}")
-        if name == "SGD":
+        optimizer_class = optimizer_named(cfg.SOLVER.OPTIMIZER)
+        if optimizer_class is torch.optim.SGD:
             return super().build_optimizer(cfg, model)
         params = get_default_optimizer_params(
             model,
@@ -71,7 +80,7 @@ class Trainer(DefaultTrainer):
             bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
             weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
         )
-        optimizer = maybe_add_gradient_clipping(cfg, OPTIMIZERS[name])
+        optimizer = maybe_add_gradient_clipping(cfg, optimizer_class)
         return optimizer(
             params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY, fused=True
         )

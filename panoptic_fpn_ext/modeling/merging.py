@@ -77,9 +77,8 @@ def merge_panoptic(
             )
 
     free = panoptic_seg == 0
-    # Class c counts as 2c + 1 where it is free.
-    areas = torch.bincount((2 * sem_seg + free).flatten())[1::2].tolist()
-    segment_of_class = panoptic_seg.new_zeros(max(len(areas), int(sem_seg.max()) + 1))
+    areas = torch.bincount(sem_seg.flatten(), weights=free.flatten().double()).long().tolist()
+    segment_of_class = panoptic_seg.new_zeros(len(areas))
     for category, area in enumerate(areas):
         if area == 0 or area < stuff_area_limit or category in thing_sem_seg_ids:
             continue

@@ -37,6 +37,7 @@ def test_classes_come_from_the_dataset(shapes):
         (arguments(CONFIG, "SOLVER.MAX_ITER"), "pairs KEY VALUE"),
         (arguments(CONFIG, "SOLVER.MAX_ITER", "many"), "SOLVER.MAX_ITER"),
         (arguments(CONFIG, "MODEL.META_ARCHITECTURE", "PanopticFpnExt"), "mean PanopticFPNExt?"),
+        (arguments(CONFIG, "SOLVER.OPTIMIZER", "LION"), "allowed are ['SGD', 'ADAMW']"),
         (arguments(CONFIG, "DATASETS.TRAIN", "()"), "DATASETS.TRAIN is empty"),
         (arguments(CONFIG, "DATASETS.TEST", "('shape_val',)"), "did you mean shapes_val?"),
         (arguments(eval_only=True), "--eval-only needs weights"),

@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from panoptic_fpn_ext.modeling.resizing import (
     upsampled,
@@ -36,11 +38,26 @@ def test_equals_detectron2(seed, grid, stride, padding, size):
     assert torch.equal(labels[certain], expected.argmax(dim=0)[certain])
 
 
+class LargestTensor(TorchDispatchMode):
+    """Notes the size in bytes of the largest tensor that an operator returns."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.size = max(self.size, tensor.numel() * tensor.element_size())
+        return result
+
+
 def test_large_images_need_memory_for_a_few_rows_only():
     """8 megapixels, 54 classes: all logits would be 1.7 GB."""
     logits = torch.randn(54, 50, 80)
-    labels = upsampled_labels(logits, stride=4, image_size=(200, 320), size=(2448, 3264))
+    with LargestTensor() as largest:
+        labels = upsampled_labels(logits, stride=4, image_size=(200, 320), size=(2448, 3264))
     assert labels.shape == (2448, 3264)
+    assert largest.size <= labels.numel() * labels.element_size()
 
 
 @settings(max_examples=40, deadline=None)
