@@ -31,8 +31,10 @@ def add_panoptic_fpn_config(cfg: CfgNode) -> None:
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = FROM_DATASET
     cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = FROM_DATASET
 
-    # Speed, with the same results up to rounding. The channels of a pixel side by side in memory,
-    # where that is faster: in inference, and in training on GPUs.
+    # Speed, with the same results up to rounding. On CPUs, convolutions with fewer multiplications.
+    cfg.MODEL.WINOGRAD = True
+    # The channels of a pixel side by side in memory, where that is faster: on GPUs, and on CPUs in
+    # inference without the above.
     cfg.MODEL.CHANNELS_LAST = True
     # Frozen batch normalization as part of the convolution before it.
     cfg.MODEL.FOLD_FROZEN_BN = True

@@ -14,7 +14,8 @@ from detectron2.structures import BitMasks, Boxes, Instances
 REPOSITORY = Path(__file__).parent.parent
 sys.path.insert(0, str(REPOSITORY / "datasets"))  # for make_shapes
 # The package registers its datasets under this folder when it is imported.
-os.environ["DETECTRON2_DATASETS"] = tempfile.mkdtemp(prefix="panoptic_fpn_ext_tests_")
+DATASETS = tempfile.TemporaryDirectory(prefix="panoptic_fpn_ext_tests_")
+os.environ["DETECTRON2_DATASETS"] = DATASETS.name
 
 CONFIG = "configs/quickstart.yaml"
 # Options that make a run on the tiny Shapes take seconds, and still predict something.

@@ -39,9 +39,10 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from panoptic_fpn_ext import UserError
+from panoptic_fpn_ext.checkpoint import PanopticFPNCheckpointer
 from panoptic_fpn_ext.data import PanopticFPNMapper
 from panoptic_fpn_ext.data.panoptic_png import read_panoptic_png
-from panoptic_fpn_ext.engine import PanopticFPNCheckpointer, setup
+from panoptic_fpn_ext.engine import setup
 from panoptic_fpn_ext.evaluation.panoptic_quality import (
     Category,
     CategoryMatches,

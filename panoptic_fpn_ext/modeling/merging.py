@@ -29,7 +29,8 @@ def merge_panoptic(
             :class:`PastedMasks`, and, for non-maximum suppression, ``pred_boxes``.
         sem_seg: (H, W) int64 semantic classes.
         thing_sem_seg_ids: semantic classes that never become stuff segments.
-        overlap_threshold: an instance is dropped if more than this share of it is taken already.
+        overlap_threshold: an instance is dropped if more than this share of it is taken already,
+            or all of it.
         stuff_area_limit: pixels; smaller stuff regions are left void.
         score_threshold: instances below are dropped.
         nms_threshold: instances whose box has a greater IoU with one of a higher score, of
@@ -44,7 +45,8 @@ def merge_panoptic(
     segments_info: list[dict[str, Any]] = []
 
     by_score = torch.argsort(-instances.scores)  # ties fall as in Detectron2
-    by_score = by_score[instances.scores[by_score] >= score_threshold]
+    # As doubles, or a threshold would be rounded to a score's precision.
+    by_score = by_score[instances.scores[by_score].double() >= score_threshold]
     if nms_threshold < 1:
         boxes, scores = instances.pred_boxes.tensor[by_score], instances.scores[by_score]
         by_score = by_score[nms(boxes, scores, nms_threshold)]
@@ -54,9 +56,11 @@ def merge_panoptic(
     for index in by_score.tolist():
         where, mask = _window(instances.pred_masks, index)
         taken = panoptic_seg[where]
-        area = mask.sum()
+        area = mask.count_nonzero()  # sum() would copy it as int64
         visible = mask & (taken == 0)
-        accept = (area > 0) & ((area - visible.sum()).double() / area <= overlap_threshold)
+        visible_area = visible.count_nonzero()
+        # Without a visible pixel it is no segment, not even where all may overlap.
+        accept = (visible_area > 0) & ((area - visible_area).double() / area <= overlap_threshold)
         panoptic_seg[where] = torch.where(visible & accept, next_id, taken)
         next_id = next_id + accept.int()
         accepted.append(accept)

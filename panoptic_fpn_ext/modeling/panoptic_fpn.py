@@ -19,7 +19,7 @@ from torch import nn
 
 from ..config import resolve_dataset_keys
 from ..errors import UserError
-from .acceleration import fold_frozen_batch_norm
+from .acceleration import accelerate, is_planar_faster
 from .postprocessing import PanopticPostprocessor
 from .semantic_head import SemanticFPNHead
 
@@ -44,6 +44,8 @@ class PanopticFPNExt(GeneralizedRCNN):
         training_schedule: str = "joint",
         feature_groups: int = 1,
         channels_last: bool = False,
+        fold_frozen_batch_norm: bool = False,
+        winograd: bool = False,
         **rcnn_args: Any,
     ) -> None:
         """
@@ -57,7 +59,8 @@ class PanopticFPNExt(GeneralizedRCNN):
             feature_groups: groups of the channels of the backbone's outputs; the instance branch
                 reads the first, the semantic branch the last.
             channels_last: whether features have the channels of a pixel side by side in memory,
-                where that is faster: in inference, and in training on GPUs.
+                where that is faster: on GPUs, and on CPUs in inference without ``winograd``.
+            fold_frozen_batch_norm, winograd: see :func:`accelerate`.
             rcnn_args: those of :class:`GeneralizedRCNN`.
         """
         super().__init__(**rcnn_args)
@@ -71,6 +74,8 @@ class PanopticFPNExt(GeneralizedRCNN):
         self.training_schedule = training_schedule
         self.feature_groups = feature_groups
         self.channels_last = channels_last
+        self.winograd = winograd
+        accelerate(self, fold_frozen_batch_norm=fold_frozen_batch_norm, winograd=winograd)
         branches = {
             "instance": (instance_loss_weight, [self.proposal_generator, self.roi_heads]),
             "semantic": (getattr(sem_seg_head, "loss_weight", 1.0), [sem_seg_head]),
@@ -88,19 +93,24 @@ class PanopticFPNExt(GeneralizedRCNN):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         cfg = resolve_dataset_keys(cfg)
+        if "panoptic_seg" in cfg.MODEL.PANOPTIC_FPN.OUTPUTS and not cfg.MODEL.MASK_ON:
+            raise UserError(
+                "MODEL.MASK_ON is False, but panoptic_seg, one of MODEL.PANOPTIC_FPN.OUTPUTS, is "
+                "merged from masks: set it to True, or leave out panoptic_seg"
+            )
         backbone = build_backbone(cfg)
         groups = cfg.MODEL.FPN.GROUPS
         shapes = {
             name: ShapeSpec(channels=shape.channels // groups, stride=shape.stride)
             for name, shape in backbone.output_shape().items()
         }
-        if cfg.MODEL.FOLD_FROZEN_BN:
-            fold_frozen_batch_norm(backbone)
         return {
             "backbone": backbone,
             "proposal_generator": build_proposal_generator(cfg, shapes),
             "roi_heads": build_roi_heads(cfg, shapes),
             "sem_seg_head": build_sem_seg_head(cfg, shapes),
+            "fold_frozen_batch_norm": cfg.MODEL.FOLD_FROZEN_BN,
+            "winograd": cfg.MODEL.WINOGRAD,
             "channels_last": cfg.MODEL.CHANNELS_LAST,
             "postprocess": PanopticPostprocessor(cfg),
             "instance_loss_weight": cfg.MODEL.PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT,
@@ -180,7 +190,8 @@ class PanopticFPNExt(GeneralizedRCNN):
 
     def _features(self, images: ImageList) -> dict[str, torch.Tensor]:
         pixels = images.tensor
-        if self.channels_last and (pixels.is_cuda or not self.training):
+        planar = self.winograd and is_planar_faster(pixels)
+        if self.channels_last and not planar and (pixels.is_cuda or not self.training):
             # Convolutions keep the layout of their input.
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         return self.backbone(pixels)

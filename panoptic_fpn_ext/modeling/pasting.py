@@ -20,12 +20,12 @@ class PastedMasks:
     ) -> None:
         """
         Args:
-            probabilities: (N, M, M) float in [0, 1], over each box.
+            probabilities: (N, M, M) in [0, 1], over each box, of any float dtype.
             boxes: (N, 4) float, x0, y0, x1, y1 in pixels of the image.
             size: (height, width) of the image.
             threshold: a pixel is in the mask from this probability on.
         """
-        self.probabilities = probabilities
+        self.probabilities = probabilities.float()
         self.boxes = boxes
         self.size = size
         self.threshold = threshold

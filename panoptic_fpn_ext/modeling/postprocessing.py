@@ -92,20 +92,23 @@ class PanopticPostprocessor:
         size = inputs.get("height", image_size[0]), inputs.get("width", image_size[1])
         sizes = {"stride": stride, "image_size": image_size, "size": size}
         result: dict[str, Any] = {}
-        if "sem_seg" in self.outputs:
-            result["sem_seg"] = upsampled(sem_seg, **sizes)
-        if instances is not None:
-            instances = _rescaled(instances, size)
-        if "panoptic_seg" in self.outputs:
+        device = (instances.scores if sem_seg is None else sem_seg).device
+        # Resizing and pasting are matrix products, but no place for half precision.
+        with torch.autocast(device.type, enabled=False):
             if "sem_seg" in self.outputs:
-                labels = result["sem_seg"].argmax(dim=0)
-            else:
-                labels = upsampled_labels(sem_seg, **sizes)
-            result["panoptic_seg"] = merge_panoptic(instances, labels, **self.merging)
-        if "instances" in self.outputs:
-            if instances.has("pred_masks"):
-                instances.pred_masks = instances.pred_masks.dense()
-            result["instances"] = instances
+                result["sem_seg"] = upsampled(sem_seg, **sizes)
+            if instances is not None:
+                instances = _rescaled(instances, size)
+            if "panoptic_seg" in self.outputs:
+                if "sem_seg" in self.outputs:
+                    labels = result["sem_seg"].argmax(dim=0)
+                else:
+                    labels = upsampled_labels(sem_seg, **sizes)
+                result["panoptic_seg"] = merge_panoptic(instances, labels, **self.merging)
+            if "instances" in self.outputs:
+                if instances.has("pred_masks"):
+                    instances.pred_masks = instances.pred_masks.dense()
+                result["instances"] = instances
         return result
 
 

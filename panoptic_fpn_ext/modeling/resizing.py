@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 BLOCK = 16  # rows or columns of the output computed at once
+BAND = 2**24  # values held that are upsampled along the rows only
 
 
 class _Block(NamedTuple):
@@ -66,19 +67,29 @@ def _row_blocks(
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Blocks (rows, width, C) of the upsampled logits, from top to bottom."""
     height, width = size
-    by_pixel = logits.permute(1, 2, 0).contiguous()  # classes side by side
-    num_rows, num_columns, num_classes = by_pixel.shape
-    columns = by_pixel.new_empty(num_rows, width, num_classes)
+    num_classes, num_rows, num_columns = logits.shape
     where = logits.device, logits.dtype
-    for block in _blocks(num_columns, stride, image_size[1], width, *where):
-        columns[:, block.output] = block.weights @ by_pixel[:, block.input]
-    columns = columns.flatten(1)
+    column_blocks = _blocks(num_columns, stride, image_size[1], width, *where)
+    columns = logits.new_empty(0)
+    first = last = 0  # rows of the logits that `columns` holds
     for block in _blocks(num_rows, stride, image_size[0], height, *where):
-        rows = block.weights @ columns[block.input]
+        if block.input.stop > last:
+            del columns  # before the next are made
+            first = block.input.start
+            last = max(block.input.stop, min(num_rows, first + BAND // (width * num_classes)))
+            by_pixel = logits[:, first:last].permute(1, 2, 0).contiguous()  # classes side by side
+            columns = logits.new_empty(last - first, width, num_classes)
+            for column_block in column_blocks:
+                columns[:, column_block.output] = (
+                    column_block.weights @ by_pixel[:, column_block.input]
+                )
+            columns = columns.flatten(1)
+        rows = block.weights @ columns[block.input.start - first : block.input.stop - first]
         yield block.output, rows.view(-1, width, num_classes)
 
 
 @functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)  # what is kept may be used where there are gradients
 def _blocks(
     num_inputs: int,
     stride: int,
@@ -121,7 +132,9 @@ def upsampled_cross_entropy(
         The scalar ``F.cross_entropy(F.interpolate(logits, ...), targets)``; 0, not nan, if no
         pixel counts.
     """
-    return _UpsampledCrossEntropy.apply(logits, targets, stride, ignore_value)
+    # The products here sum small weighted terms: half precision loses them.
+    with torch.autocast(logits.device.type, enabled=False):
+        return _UpsampledCrossEntropy.apply(logits, targets, stride, ignore_value)
 
 
 class _UpsampledCrossEntropy(torch.autograd.Function):

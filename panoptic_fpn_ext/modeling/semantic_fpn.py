@@ -7,6 +7,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.semantic_seg import SemanticSegmentor
 
 from ..config import resolve_dataset_keys
+from .acceleration import accelerate
 
 
 @META_ARCH_REGISTRY.register()
@@ -18,9 +19,22 @@ class SemanticFPN(SemanticSegmentor):
     """
 
     @configurable
-    def __init__(self, **segmentor_args: Any) -> None:
+    def __init__(
+        self, *, fold_frozen_batch_norm: bool = False, winograd: bool = False, **segmentor_args: Any
+    ) -> None:
+        """
+        Args:
+            fold_frozen_batch_norm, winograd: see :func:`accelerate`.
+            segmentor_args: those of ``SemanticSegmentor``.
+        """
         super().__init__(**segmentor_args)
+        accelerate(self, fold_frozen_batch_norm=fold_frozen_batch_norm, winograd=winograd)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        return super().from_config(resolve_dataset_keys(cfg))
+        cfg = resolve_dataset_keys(cfg)
+        return {
+            **super().from_config(cfg),
+            "fold_frozen_batch_norm": cfg.MODEL.FOLD_FROZEN_BN,
+            "winograd": cfg.MODEL.WINOGRAD,
+        }

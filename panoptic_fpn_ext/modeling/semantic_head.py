@@ -124,8 +124,8 @@ class SemanticFPNHead(nn.Module):
                 final.append(stages(features[name]))
         if earlier:
             upsample = getattr(self, self.in_features[-1])[-1]
-            final.append(upsample(functools.reduce(torch.add, earlier)))
-        return self.predictor(functools.reduce(torch.add, final))
+            final.append(upsample(functools.reduce(_add, earlier)))
+        return self.predictor(functools.reduce(_add, final))
 
     def upsample(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits of :meth:`layers`, brought to the size of the image."""
@@ -144,6 +144,11 @@ class SemanticFPNHead(nn.Module):
             logits.float(), targets, stride=self.common_stride, ignore_value=self.ignore_value
         )
         return {"loss_sem_seg": loss * self.loss_weight}
+
+
+def _add(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The sum; in inference in the place of ``x``, which nothing else needs."""
+    return x + y if x.requires_grad else x.add_(y)
 
 
 def _level(

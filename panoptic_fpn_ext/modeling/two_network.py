@@ -3,13 +3,14 @@
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, SemanticSegmentor
 from torch import nn
 
+from ..checkpoint import PanopticFPNCheckpointer
 from ..config import resolve_dataset_keys
 from ..errors import UserError
+from .acceleration import accelerate
 from .postprocessing import PanopticPostprocessor
 from .semantic_fpn import SemanticFPN
 
@@ -44,30 +45,40 @@ class TwoNetworkPanopticFPN(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """
+        Raises:
+            UserError: weights of one network alone; a file that is missing or no checkpoint; one
+                for other classes or with other shapes than the network's; one with more than a
+                backbone that lacks parameters of the network.
+        """
         cfg = resolve_dataset_keys(cfg)
+        weights = {
+            f"MODEL.TWO_NETWORK.{name}": cfg.MODEL.TWO_NETWORK[name]
+            for name in ("INSTANCE_WEIGHTS", "SEMANTIC_WEIGHTS")
+        }
+        missing = [key for key, path in weights.items() if not path]
+        if len(missing) == 1:
+            raise UserError(
+                f"{missing[0]} is not set, but the other network has weights: set both, or neither"
+            )
         networks = {
             "instance_network": GeneralizedRCNN(cfg),
             "semantic_network": SemanticFPN(cfg),
         }
-        weights = {
-            "INSTANCE_WEIGHTS": (
-                networks["instance_network"],
-                cfg.MODEL.TWO_NETWORK.INSTANCE_WEIGHTS,
-            ),
-            "SEMANTIC_WEIGHTS": (
-                networks["semantic_network"],
-                cfg.MODEL.TWO_NETWORK.SEMANTIC_WEIGHTS,
-            ),
-        }
-        missing = [key for key, (_, path) in weights.items() if not path]
-        if len(missing) == 1:
-            raise UserError(
-                f"MODEL.TWO_NETWORK.{missing[0]} is not set, but the other network has weights: "
-                "set both, or neither"
-            )
-        for network, path in weights.values():
-            if path:
-                DetectionCheckpointer(network).load(path)
+        if not missing:
+            for network, (key, path) in zip(networks.values(), weights.items(), strict=True):
+                checkpointer = PanopticFPNCheckpointer(
+                    network, complete=True, backbone_suffices=True
+                )
+                try:
+                    checkpointer.load(path)
+                except UserError as error:
+                    raise UserError(f"{key} {error}") from error
+        accelerate(
+            networks["instance_network"],
+            fold_frozen_batch_norm=cfg.MODEL.FOLD_FROZEN_BN,
+            winograd=cfg.MODEL.WINOGRAD,
+        )
         return {**networks, "postprocess": PanopticPostprocessor(cfg)}
 
     @property

@@ -2,13 +2,17 @@
 
 import copy
 
+import hypothesis.strategies as st
 import pytest
 import torch
-from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec
+from detectron2.modeling.roi_heads import MaskRCNNConvUpsampleHead
+from hypothesis import example, given, settings
 from torch import nn
+from torch.nn import functional as F
 from torch.testing import assert_close
 
-from panoptic_fpn_ext.modeling.acceleration import fold_frozen_batch_norm
+from panoptic_fpn_ext.modeling.acceleration import accelerate, convolve
 
 
 @pytest.fixture(params=[True, False], ids=["bias", "no bias"])
@@ -27,10 +31,11 @@ def pair(request):
             activation=torch.relu,
         ),
         Conv2d(8, 4, 1),
+        Conv2d(4, 4, 3, padding=1, norm=nn.GroupNorm(2, 4), activation=torch.relu),
     )
     randomize(network)
     accelerated = copy.deepcopy(network)
-    fold_frozen_batch_norm(accelerated)
+    accelerate(accelerated, fold_frozen_batch_norm=True, winograd=True)
     return network, accelerated
 
 
@@ -72,3 +77,80 @@ def test_frozen_weights_are_folded_once(pair):
     folded = accelerated[0].folded
     accelerated(x)
     assert accelerated[0].folded is folded is not None
+
+
+SHAPES = st.tuples(
+    st.sampled_from([1, 2, 33]),
+    st.sampled_from([3, 64, 96]),
+    st.integers(0, 80),
+    st.integers(0, 80),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=SHAPES,
+    channels=st.sampled_from([1, 64, 80]),
+    kernel=st.sampled_from([1, 3]),
+    padding=st.sampled_from([0, 1]),
+    stride=st.sampled_from([1, 1, 2]),
+    has_bias=st.booleans(),
+    channels_last=st.booleans(),
+)
+@example((1, 64, 1, 2100), 64, 3, 1, 1, True, False)
+@example((1, 64, 4200, 1), 64, 3, 1, 1, True, False)
+@example((2, 64, 190, 200), 64, 3, 1, 1, True, True)  # several pieces of an image
+@example((200, 64, 14, 14), 64, 3, 1, 1, False, False)  # several pieces of a batch
+@example((2, 64, 70, 70), 80, 1, 0, 1, True, False)
+def test_convolutions_and_their_gradients_are_equal(
+    shape, channels, kernel, padding, stride, has_bias, channels_last
+):
+    number, in_channels, height, width = shape
+    height, width = max(height, kernel), max(width, kernel if padding == 0 else 1)
+    torch.manual_seed(0)
+    x = torch.randn(number, in_channels, height, width)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(channels, in_channels, kernel, kernel) / (kernel * in_channels**0.5)
+    tensors = [x, weight, *([torch.randn(channels)] if has_bias else [])]
+    settings = (stride, stride), (padding, padding), (1, 1), 1
+    results = []
+    for run in (convolve, F.conv2d):
+        inputs = [tensor.clone().requires_grad_() for tensor in tensors]
+        output = run(*inputs, *([] if has_bias else [None]), *settings)
+        results.append([output, *torch.autograd.grad(output.square().mean(), inputs)])
+    for ours, expected in zip(*results, strict=True):
+        limit = 1e-4 * max(1e-6, float(expected.detach().abs().max()))
+        assert_close(ours, expected, atol=limit, rtol=0)
+
+
+def test_tracing_takes_the_plain_convolution():
+    network = nn.Sequential(Conv2d(64, 64, 3, padding=1))
+    accelerate(network, fold_frozen_batch_norm=True, winograd=True)
+    x = torch.randn(1, 64, 64, 64)
+    traced = torch.jit.trace(network, x, check_trace=False)
+    assert "nnpack" not in str(traced.inlined_graph)
+    assert_close(traced(x), network(x), atol=1e-4, rtol=1e-4)
+
+
+def test_other_precisions_take_the_plain_convolution():
+    x, weight = torch.randn(1, 64, 64, 64), torch.randn(64, 64, 3, 3)
+    settings = (1, 1), (1, 1), (1, 1), 1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert convolve(x, weight, None, *settings).dtype == torch.bfloat16
+    double = convolve(x.double(), weight.double(), None, *settings)
+    assert_close(double, F.conv2d(x.double(), weight.double(), padding=1))
+
+
+@pytest.mark.parametrize("number", [0, 1, 70])
+def test_mask_logits_are_equal(number):
+    shape = ShapeSpec(channels=8, height=14, width=14)
+    head = MaskRCNNConvUpsampleHead(shape, num_classes=3, conv_dims=[8, 8, 8])
+    lean = copy.deepcopy(head)
+    accelerate(lean, fold_frozen_batch_norm=False, winograd=False)
+    x = torch.randn(number, 8, 14, 14)
+    for module in (head, lean):
+        module.eval()
+    with torch.no_grad():
+        assert_close(lean.layers(x), head.layers(x), atol=1e-5, rtol=1e-5)
+    assert_close(lean.train().layers(x), head.train().layers(x), atol=1e-5, rtol=1e-5)

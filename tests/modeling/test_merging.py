@@ -1,5 +1,6 @@
 """Merging against Detectron2's function, and the label spaces it does not know."""
 
+import pytest
 import torch
 from detectron2.modeling.meta_arch.panoptic_fpn import combine_semantic_and_instance_outputs
 from detectron2.structures import Boxes, Instances
@@ -27,6 +28,16 @@ def random_outputs(seed: int, num_instances: int, size=(24, 32), num_classes=5):
     return instances, blocks.repeat_interleave(4, 0).repeat_interleave(4, 1)
 
 
+def without_hidden(panoptic_seg: torch.Tensor, segments_info: list[dict]):
+    """The same without segments that have no pixel, ids numbered anew."""
+    visible = set(panoptic_seg.unique().tolist())
+    kept = [segment for segment in segments_info if segment["id"] in visible]
+    new_ids = torch.zeros(len(segments_info) + 1, dtype=torch.int32)
+    for new_id, segment in enumerate(kept, 1):
+        new_ids[segment["id"]] = new_id
+    return new_ids[panoptic_seg.long()], [{**s, "id": i} for i, s in enumerate(kept, 1)]
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
@@ -38,6 +49,8 @@ def random_outputs(seed: int, num_instances: int, size=(24, 32), num_classes=5):
 def test_equals_detectron2(seed, num_instances, overlap, area_limit, score):
     instances, sem_seg = random_outputs(seed, num_instances)
     expected = combine_semantic_and_instance_outputs(instances, sem_seg, overlap, area_limit, score)
+    if overlap == 1:  # where Detectron2's has instances that others hide wholly
+        expected = without_hidden(*expected)
     panoptic_seg, segments_info = merge_panoptic(
         instances,
         sem_seg,
@@ -47,6 +60,24 @@ def test_equals_detectron2(seed, num_instances, overlap, area_limit, score):
         score_threshold=score,
     )
     assert panoptic_seg.dtype == torch.int32
+    assert segments_info == expected[1]
+    assert torch.equal(panoptic_seg, expected[0])
+
+
+@pytest.mark.parametrize("score", [0.3, 0.7])
+def test_a_score_at_the_threshold_counts_as_in_detectron2(score):
+    """In single precision 0.7 is less than 0.7, and 0.3 more than 0.3."""
+    instances, sem_seg = random_outputs(seed=3, num_instances=4)
+    instances.scores = torch.full((4,), score)
+    expected = combine_semantic_and_instance_outputs(instances, sem_seg, 0.5, 1, score)
+    panoptic_seg, segments_info = merge_panoptic(
+        instances,
+        sem_seg,
+        thing_sem_seg_ids={0},
+        overlap_threshold=0.5,
+        stuff_area_limit=1,
+        score_threshold=score,
+    )
     assert segments_info == expected[1]
     assert torch.equal(panoptic_seg, expected[0])
 
@@ -64,6 +95,27 @@ def test_thing_classes_of_the_full_label_space_never_become_stuff():
     assert {s["category_id"] for s in segments_info} == {0, 2, 4}
     is_thing = (sem_seg == 1) | (sem_seg == 3)
     assert torch.equal(panoptic_seg == 0, is_thing)
+
+
+def test_an_instance_that_others_hide_wholly_is_no_segment():
+    """The third one: what hides it is neither of the others alone."""
+    instances, sem_seg = random_outputs(seed=3, num_instances=4)
+    instances.scores = torch.tensor([0.9, 0.8, 0.7, 0.6])
+    instances.pred_masks[:] = False
+    for mask, columns in zip(
+        instances.pred_masks, [(0, 8), (6, 16), (4, 12), (12, 20)], strict=True
+    ):
+        mask[:, slice(*columns)] = True
+    panoptic_seg, segments_info = merge_panoptic(
+        instances,
+        sem_seg,
+        thing_sem_seg_ids={0},
+        overlap_threshold=1.0,
+        stuff_area_limit=10_000,
+        score_threshold=0.0,
+    )
+    assert [(s["id"], s["instance_id"]) for s in segments_info] == [(1, 0), (2, 1), (3, 3)]
+    assert panoptic_seg[0].tolist() == [1] * 8 + [2] * 8 + [3] * 4 + [0] * 12
 
 
 def test_regions_without_a_pixel_are_no_segments():

@@ -141,6 +141,7 @@ def test_each_branch_reads_its_own_group_of_channels(full_cfg, training_batch):
     ("change", "message"),
     [
         (("MODEL.PANOPTIC_FPN.OUTPUTS", ["depth"]), r"PANOPTIC_FPN\.OUTPUTS.*depth.*sem_seg"),
+        (("MODEL.MASK_ON", False), r"MASK_ON is False.*OUTPUTS"),
         (("MODEL.PANOPTIC_FPN.TRAINING", "turns"), r"TRAINING 'turns'.*'joint', 'alternate'"),
         (("MODEL.SEM_SEG_HEAD.AGGREGATION", "max"), r"AGGREGATION 'max'.*'sum', 'concat'"),
         (

@@ -1,5 +1,6 @@
 """Resizing in one pass against Detectron2's two steps at full resolution."""
 
+import pytest
 import torch
 from detectron2.modeling.postprocessing import sem_seg_postprocess
 from hypothesis import given, settings
@@ -53,11 +54,24 @@ class LargestTensor(TorchDispatchMode):
 
 def test_large_images_need_memory_for_a_few_rows_only():
     """8 megapixels, 54 classes: all logits would be 1.7 GB."""
-    logits = torch.randn(54, 50, 80)
+    size = (2448, 3264)
+    logits = torch.randn(54, size[0] // 4, size[1] // 4)
     with LargestTensor() as largest:
-        labels = upsampled_labels(logits, stride=4, image_size=(200, 320), size=(2448, 3264))
-    assert labels.shape == (2448, 3264)
-    assert largest.size <= labels.numel() * labels.element_size()
+        labels = upsampled_labels(logits, stride=4, image_size=size, size=size)
+    assert labels.shape == size
+    assert largest.size <= 1.1 * labels.numel() * labels.element_size()
+
+
+def test_gradients_after_inference_mode():
+    """Which leaves nothing behind that autograd refuses."""
+    arguments = {"stride": 4, "image_size": (27, 31), "size": (50, 23)}
+    logits = torch.randn(5, 7, 8, requires_grad=True)
+    with torch.inference_mode():
+        expected = upsampled(logits, **arguments)
+    found = upsampled(logits, **arguments)
+    assert torch.equal(found, expected)
+    (gradient,) = torch.autograd.grad(found.sum(), logits)
+    assert_close(gradient.sum(), torch.tensor(5.0 * 50 * 23))
 
 
 @settings(max_examples=40, deadline=None)
@@ -81,6 +95,19 @@ def test_loss_and_gradient_equal_pytorchs(seed, grid, stride, ignored):
     (gradient,) = torch.autograd.grad(2 * loss, logits)
     assert_close(loss, expected, atol=1e-5, rtol=1e-5)
     assert_close(gradient, expected_gradient, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_loss_is_as_accurate_in_mixed_precision(dtype):
+    logits = torch.randn(2, 5, 12, 16, requires_grad=True)
+    targets = torch.randint(0, 5, (2, 48, 64))
+    loss = upsampled_cross_entropy(logits, targets, stride=4, ignore_value=255)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    with torch.autocast("cpu", dtype=dtype):
+        mixed = upsampled_cross_entropy(logits, targets, stride=4, ignore_value=255)
+    (mixed_gradient,) = torch.autograd.grad(mixed, logits)
+    assert torch.equal(mixed, loss)
+    assert torch.equal(mixed_gradient, gradient)
 
 
 def test_loss_without_a_pixel_that_counts_is_0():

@@ -9,6 +9,8 @@ from torch.testing import assert_close
 from panoptic_fpn_ext import UserError
 from panoptic_fpn_ext.modeling import merge_panoptic
 
+KEYS = ("INSTANCE_WEIGHTS", "SEMANTIC_WEIGHTS")
+
 
 @pytest.fixture
 def networks(ext_cfg):
@@ -21,13 +23,18 @@ def networks(ext_cfg):
 
 
 @pytest.fixture
-def two_networks(ext_cfg, networks, tmp_path):
-    """The two merged, their weights read from files."""
+def cfg(ext_cfg, networks, tmp_path):
+    """The config of the two merged, their weights in files."""
     cfg = with_keys(ext_cfg)
-    for key, network in zip(("INSTANCE_WEIGHTS", "SEMANTIC_WEIGHTS"), networks, strict=True):
+    for key, network in zip(KEYS, networks, strict=True):
         path = tmp_path / f"{key}.pth"
         torch.save({"model": network.state_dict()}, path)
         cfg.MODEL.TWO_NETWORK[key] = str(path)
+    return cfg
+
+
+@pytest.fixture
+def two_networks(cfg):
     return build_model(cfg).eval()
 
 
@@ -70,3 +77,68 @@ def test_one_set_of_weights_is_an_error_that_names_the_other(ext_cfg, networks, 
     cfg.MODEL.TWO_NETWORK.INSTANCE_WEIGHTS = str(tmp_path / "weights.pth")
     with pytest.raises(UserError, match=r"MODEL\.TWO_NETWORK\.SEMANTIC_WEIGHTS is not set"):
         build_model(cfg)
+
+
+@pytest.mark.parametrize(
+    ("key", "classes", "message"),
+    [
+        (
+            "ROI_HEADS",
+            5,
+            r"MODEL\.TWO_NETWORK\.INSTANCE_WEIGHTS \S+/INSTANCE_WEIGHTS\.pth: "
+            r"roi_heads\.box_predictor\.cls_score\.weight is for 3 thing classes, but the model "
+            r"has 5 \(MODEL\.ROI_HEADS\.NUM_CLASSES\)$",
+        ),
+        (
+            "SEM_SEG_HEAD",
+            7,
+            r"MODEL\.TWO_NETWORK\.SEMANTIC_WEIGHTS \S+/SEMANTIC_WEIGHTS\.pth: "
+            r"sem_seg_head\.predictor\.weight is for 4 semantic classes, but the model has 7 "
+            r"\(MODEL\.SEM_SEG_HEAD\.NUM_CLASSES\)$",
+        ),
+    ],
+)
+def test_weights_for_other_classes_are_an_error(cfg, key, classes, message):
+    cfg.MODEL[key].NUM_CLASSES = classes
+    refuses_to_build(cfg, message)
+
+
+@pytest.mark.parametrize(("key", "place"), [*zip(KEYS, (0, 1), strict=True)])
+def test_weights_that_do_not_fit_are_an_error_that_names_key_and_file(
+    cfg, networks, tmp_path, key, place
+):
+    start = rf"^MODEL\.TWO_NETWORK\.{key} \S+/{key}\.pth: "
+    path = tmp_path / f"{key}.pth"
+    other_networks_weights = {"model": networks[1 - place].state_dict()}
+    torch.save(other_networks_weights, path)
+    refuses_to_build(cfg, start + r"lacks \d+ of the model's \d+ parameters")
+    weights = networks[place].state_dict()
+    name = "backbone.fpn_output2.weight"
+    torch.save({"model": {**weights, name: weights[name][:8]}}, path)
+    refuses_to_build(cfg, start + rf"{name} has shape \[8, 32, 3, 3\], but \[32, 32, 3, 3\] in")
+    path.write_bytes(b"not a checkpoint")
+    refuses_to_build(cfg, start + "not a checkpoint, or damaged")
+    path.unlink()
+    refuses_to_build(cfg, start + "no such file$")
+
+
+def refuses_to_build(cfg, message):
+    with pytest.raises(UserError, match=message) as error:
+        build_model(cfg)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_of_a_backbone_are_enough_to_start_from(cfg, networks, tmp_path):
+    weights = networks[0].backbone.bottom_up.state_dict()
+    for key, content in zip(
+        KEYS,
+        (
+            {"model": {f"backbone.bottom_up.{name}": value for name, value in weights.items()}},
+            {"model": weights, "matching_heuristics": True},  # as those of ImageNet
+        ),
+        strict=True,
+    ):
+        torch.save(content, tmp_path / f"{key}.pth")
+    model = build_model(cfg)
+    for network in (model.instance_network, model.semantic_network):
+        assert_close(network.backbone.bottom_up.state_dict(), weights)

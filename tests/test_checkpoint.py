@@ -7,7 +7,7 @@ import torch
 from detectron2.modeling import build_model
 
 from panoptic_fpn_ext import UserError
-from panoptic_fpn_ext.engine import PanopticFPNCheckpointer
+from panoptic_fpn_ext.checkpoint import PanopticFPNCheckpointer
 
 
 @pytest.fixture
@@ -94,3 +94,31 @@ def test_damaged_files_are_one_line(ext_cfg, tmp_path, content):
     with pytest.raises(UserError, match=r"damaged\.pth: not a checkpoint, or damaged") as error:
         PanopticFPNCheckpointer(build_model(ext_cfg)).load(str(path))
     assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_one_line(ext_cfg, tmp_path):
+    path = str(tmp_path / "nowhere.pth")
+    with pytest.raises(UserError, match=r"nowhere\.pth: no such file$"):
+        PanopticFPNCheckpointer(build_model(ext_cfg)).resume_or_load(path, resume=False)
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_a_backbone_suffices_only_where_it_may(ext_cfg, tmp_path, checkpoint, complete):
+    weights = torch.load(checkpoint)["model"]
+    path = str(tmp_path / "backbone.pth")
+    backbone = {name: value for name, value in weights.items() if name.startswith("backbone.")}
+    torch.save({"model": backbone}, path)
+    model = build_model(ext_cfg)
+    PanopticFPNCheckpointer(model, complete=complete, backbone_suffices=True).load(path)
+    for name, value in backbone.items():
+        assert torch.equal(model.state_dict()[name], value)
+    if complete:
+        with pytest.raises(UserError, match=r"backbone\.pth: lacks \d+ of the model's"):
+            PanopticFPNCheckpointer(model, complete=True).load(path)
+    torch.save({"model": {**backbone, "roi_heads.box_head.fc1.weight": torch.zeros(2)}}, path)
+    checkpointer = PanopticFPNCheckpointer(model, complete=complete, backbone_suffices=True)
+    if complete:
+        with pytest.raises(UserError, match=r"backbone\.pth: roi_heads.* has shape \[2\]"):
+            checkpointer.load(path)
+    else:
+        checkpointer.load(path)

@@ -1,5 +1,6 @@
 """Loading checkpoints that may be another model's: what does not fit is said, not skipped."""
 
+import os
 import pickle
 import re
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-from ..errors import UserError
+from .errors import UserError
 
 # Where class counts show: pattern of the parameter, classes of a first dimension, kind, key.
 _CLASSIFIERS = (
@@ -34,28 +35,39 @@ class PanopticFPNCheckpointer(DetectionCheckpointer):
     """
 
     def __init__(
-        self, model: nn.Module, save_dir: str = "", *, complete: bool = False, **arguments: Any
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        complete: bool = False,
+        backbone_suffices: bool = False,
+        **arguments: Any,
     ) -> None:
         """
         Args:
             model: the model to load into.
             save_dir: folder of the checkpoints.
             complete: whether every parameter must come from the checkpoint, as in evaluation.
+            backbone_suffices: whether a checkpoint of nothing but a backbone counts as complete.
             arguments: those of :class:`DetectionCheckpointer`.
         """
         super().__init__(model, save_dir, **arguments)
         self._always_complete = complete
+        self._backbone_suffices = backbone_suffices
         self._complete, self._path = complete, ""
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """As Detectron2's.
 
         Raises:
-            UserError: a file that is no checkpoint; or, if the checkpoint has to be complete or
-                the training state is loaded too, one that lacks parameters or has others' shapes.
+            UserError: no such file, or one that is no checkpoint; or, if the checkpoint has to be
+                complete or the training state is loaded too, one that lacks parameters or has
+                others' shapes.
         """
         resumes = bool(self.checkpointables) and checkpointables != []
         self._complete, self._path = self._always_complete or resumes, path
+        if path and "://" not in path and not os.path.isfile(path):
+            raise UserError(f"{path}: no such file")
         return super().load(path, checkpointables)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
@@ -68,6 +80,7 @@ class PanopticFPNCheckpointer(DetectionCheckpointer):
             ) from error
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        may_lack = not self._complete or (self._backbone_suffices and _is_backbone(checkpoint))
         incompatible = super()._load_model(checkpoint)
         classes = _differing_classes(incompatible.incorrect_shapes)
         wrong = [*classes.values()]
@@ -81,7 +94,7 @@ class PanopticFPNCheckpointer(DetectionCheckpointer):
             raise UserError(f"{self._path}: {wrong[0]}")
         for line in wrong:
             self.logger.warning(f"{self._path}: {line}; these layers are trained from scratch")
-        if self._complete:
+        if not may_lack:
             self._refuse_missing(incompatible.missing_keys)
         return incompatible
 
@@ -95,6 +108,13 @@ class PanopticFPNCheckpointer(DetectionCheckpointer):
                 f"{self._path}: lacks {len(missing)} of the model's {len(parameters)} parameters, "
                 f"{missing[0]} first: is the config the one it was trained with?"
             )
+
+
+def _is_backbone(checkpoint: dict[str, Any]) -> bool:
+    """Whether it has nothing but a backbone: of ImageNet, or cut out of a model of Detectron2."""
+    if checkpoint.get("matching_heuristics", False):
+        return True
+    return all(name.removeprefix("module.").startswith("backbone.") for name in checkpoint["model"])
 
 
 def _differing_classes(
