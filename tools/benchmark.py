@@ -3,6 +3,7 @@
 
     python tools/benchmark.py inference --device cpu --json inference.json
     python tools/benchmark.py inference --device cuda --precision fp16 --peers
+    python tools/benchmark.py inference --growth --rounds 3
     python tools/benchmark.py training --images 2
     python tools/benchmark.py evaluation --sizes 1024x2048
 
@@ -23,7 +24,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler tells of e
 import torch
 from benchmark_evaluation import evaluation
 from benchmark_frame import Comparison, Peer, environment, report, use_cores
-from benchmark_inference import DTYPES, OUTPUT_CHOICES, inference
+from benchmark_inference import DETECTIONS, DTYPES, OUTPUT_CHOICES, inference
 from benchmark_models import DEPTHS, SETTINGS, Setting
 from benchmark_training import training
 
@@ -102,16 +103,28 @@ def parser() -> argparse.ArgumentParser:
         type=setting,
         nargs="+",
         metavar="SIZE",
-        default=list(SETTINGS.values()),
         help=f"{', '.join(SETTINGS)} (default: both) or HEIGHTxWIDTH",
     )
     command.add_argument(
         "--detections",
         type=positive,
         nargs="+",
-        default=[10, 30, 100],
         metavar="N",
-        help="in the image; default: 10 30 100",
+        help=f"in an image; default: {' '.join(map(str, DETECTIONS))}",
+    )
+    command.add_argument(
+        "--classes",
+        type=positive,
+        nargs="+",
+        metavar="N",
+        help="semantic ones; default: those of the size",
+    )
+    command.add_argument("--images", type=positive, default=1, help="in a batch; default: 1")
+    command.add_argument(
+        "--growth",
+        action="store_true",
+        help="one of size, detections and classes at a time, the others at their first value: how "
+        "the cost grows; each has other defaults then",
     )
     command.add_argument(
         "--outputs",
@@ -156,7 +169,7 @@ def main() -> int:
     args = parser().parse_args()
     use_cores(args.threads)
     settings = environment(args.device)
-    names = ("backbone", "precision", "detectron2_precision", "opts", "rounds")
+    names = ("backbone", "precision", "detectron2_precision", "opts", "rounds", "images")
     settings |= {name: getattr(args, name) for name in names if getattr(args, name, None)}
     comparisons, peers = args.run(args)
     report(comparisons, peers, settings, args.json)

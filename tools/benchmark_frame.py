@@ -1,6 +1,8 @@
 """Measuring by turns: times, memory, how much two answers agree, and the report of it all."""
 
 import contextlib
+import ctypes
+import gc
 import itertools
 import json
 import os
@@ -10,9 +12,10 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import cv2
 import detectron2
@@ -56,10 +59,18 @@ class Comparison:
     """Detectron2's time over ours."""
     outputs: str | None = None
     detections: int | None = None
+    classes: int | None = None
     ours_mb: float | None = None
     detectron2_mb: float | None = None
     memory_share: float | None = field(init=False, default=None)
     """Our memory over Detectron2's."""
+    ours_resident_mb: float | None = None
+    """As the system counts: with what libraries allocate for themselves."""
+    detectron2_resident_mb: float | None = None
+    multiply_adds: int | None = None
+    """Of an image, in direct convolutions and linear layers."""
+    floor_ms: float | None = None
+    """What they take at the machine's measured peak."""
     agreement: dict[str, float] = field(default_factory=dict)
     """What ``same_answer`` was judged by."""
 
@@ -131,28 +142,8 @@ class Stages:
 
     def memory(self, run: Callable[[], Any]) -> list["StageMemory"]:
         """The memory of each stage in turn, as PyTorch's allocator tells."""
-        return self._gpu_memory(run) if self.device.type == "cuda" else self._cpu_memory(run)
-
-    def _gpu_memory(self, run: Callable[[], Any]) -> list["StageMemory"]:
-        stages: list[StageMemory] = []
-        before = torch.cuda.memory_allocated(self.device)
-
-        def enter(stage: str) -> None:
-            if stages:
-                peak = torch.cuda.max_memory_allocated(self.device) - before
-                stages[-1] = stages[-1]._replace(peak=peak)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            now = torch.cuda.memory_allocated(self.device) - before
-            stages.append(StageMemory(stage, now, now))
-
-        with self._entering(enter):
-            result = run()
-            enter("")
-        del result
-        return stages[:-1]
-
-    def _cpu_memory(self, run: Callable[[], Any]) -> list["StageMemory"]:
         prefix = "stage: "
+        device_type = {"cpu": 0, "cuda": 1}[self.device.type]  # PyTorch's numbers
 
         def enter(stage: str) -> None:
             with record_function(prefix + stage):
@@ -167,15 +158,39 @@ class Stages:
             trace = Path(folder, "trace.json")
             profiler.export_chrome_trace(str(trace))
             events = json.loads(trace.read_text())["traceEvents"]
-        live, stages = 0, []
+        live = 0
+        stages: list[StageMemory] = []
         for event in sorted(events, key=lambda e: e.get("ts", 0)):
-            if event["name"] == "[memory]":
+            if event["name"] == "[memory]" and event["args"]["Device Type"] == device_type:
                 live += event["args"]["Bytes"]
                 if stages:
-                    stages[-1] = stages[-1]._replace(peak=max(stages[-1].peak, live))
+                    stages[-1].note(live)
             elif event["name"].startswith(prefix):
                 stages.append(StageMemory(event["name"].removeprefix(prefix), live, live))
         return stages[:-1]
+
+    def resident(self, run: Callable[[], Any], *, since: str) -> int | None:
+        """Bytes by which the process has grown at most, from the stage ``since`` on, over what it
+        had before ``run``; None on a GPU, and where the system does not tell.
+
+        Libraries that keep a workspace keep one for each thread. ``run`` has a thread of its own,
+        so that it counts what it needs, and not what others have left.
+        """
+        if self.device.type != "cpu":
+            return None
+        try:
+            _forget_peak()
+            before = _status("VmRSS")
+        except (OSError, AttributeError):
+            return None
+
+        def enter(stage: str) -> None:
+            if stage == since:
+                _forget_peak()
+
+        with self._entering(enter), ThreadPoolExecutor(1) as thread:
+            thread.submit(run).result()
+        return _status("VmHWM") - before
 
     @contextlib.contextmanager
     def _entering(self, on_enter: Callable[[str], None]) -> Iterator[None]:
@@ -190,12 +205,41 @@ class Stages:
             torch.cuda.synchronize(self.device)
 
 
-class StageMemory(NamedTuple):
-    """Bytes allocated since the run began: when a stage begins, and at most while it lasts."""
+@dataclass
+class StageMemory:
+    """Bytes that are live in a stage, of those allocated since the run began."""
 
     stage: str
-    start: int
+    low: int
     peak: int
+    rise: int = 0
+    """How far they rise above what they were before in the stage.
+
+    Not ``peak`` over the start: a module's arguments are freed when it has returned, a little
+    after the hook on its outputs that began the stage.
+    """
+
+    def note(self, live: int) -> None:
+        self.low = min(self.low, live)
+        self.peak = max(self.peak, live)
+        self.rise = max(self.rise, live - self.low)
+
+
+def _forget_peak() -> None:
+    """Return freed memory to the system, whose peak is then what is resident now.
+
+    Raises:
+        OSError, AttributeError: elsewhere than on Linux with glibc, or not allowed.
+    """
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(name: str) -> int:
+    """Bytes, from what Linux tells about this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def use_cores(number: int | None) -> None:
@@ -236,14 +280,18 @@ def report(
     columns: dict[str, Callable[[Comparison], Any]] = {
         "": lambda c: c.what,
         "size": lambda c: c.size,
+        "classes": lambda c: c.classes,
         "detections": lambda c: c.detections,
         "outputs": lambda c: c.outputs,
         "ours, ms an image": lambda c: c.ours_ms,
         "Detectron2": lambda c: c.detectron2_ms,
         "ratio": lambda c: f"{c.ratio:.2f}",
+        "floor, ms": lambda c: c.floor_ms and f"{c.floor_ms:.1f}",
         "ours, MB": lambda c: c.ours_mb,
         "Detectron2, MB": lambda c: c.detectron2_mb,
         "share": lambda c: c.memory_share,
+        "ours, resident MB": lambda c: c.ours_resident_mb,
+        "Detectron2, resident MB": lambda c: c.detectron2_resident_mb,
         "same answer": lambda c: "yes" if c.same_answer else "NO",
     }
     cells = {name: [value(c) for c in comparisons] for name, value in columns.items()}
@@ -253,6 +301,8 @@ def report(
         rows = [(peer.what, peer.size, peer.ms) for peer in peers]
         headers = ["others", "size", "ms an image"]
         print("\n" + tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True))
+    if any(c.floor_ms for c in comparisons):
+        print("\nFloor: the arithmetic of direct convolutions at the measured peak.")
     print("\nMedian and quartiles. " + ", ".join(f"{k} {v}" for k, v in settings.items()))
     if json_file:
         content = {

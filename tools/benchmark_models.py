@@ -92,7 +92,7 @@ def build_both(cfg: CfgNode, our_options: Sequence[str]) -> tuple[nn.Module, nn.
 
 
 class Scene:
-    """A made-up image, what is to be seen in it, and how a network is made to see that."""
+    """A made-up image, and what is to be seen in it."""
 
     def __init__(
         self, setting: Setting, num_objects: int, device: torch.device, seed: int = 0
@@ -118,17 +118,11 @@ class Scene:
             smooth_noise(rng, logits_height, logits_width, cells=5)
             for _ in range(setting.num_classes)
         ]
-        self._regions = 4 * torch.from_numpy(np.stack(regions)).to(device)
-        self._logits_scale: float | None = None
+        self.regions = 4 * torch.from_numpy(np.stack(regions)).to(device)
         self.boxes, self.masks = (x.to(device) for x in _objects(rng, num_objects, height, width))
         self.classes = torch.from_numpy(rng.integers(setting.num_things, size=num_objects))
         self.classes = self.classes.to(device)
         self.scores = torch.linspace(0.99, 0.05, num_objects, device=device)
-
-    @property
-    def inputs(self) -> list[dict[str, Any]]:
-        height, width = self.setting.output_size
-        return [{"image": self.image, "height": height, "width": width}]
 
     def training_inputs(self) -> list[dict[str, Any]]:
         """The same with ground truth: its objects whole, ``sem_seg`` with an ignored border."""
@@ -138,7 +132,7 @@ class Scene:
         instances.gt_classes = self.classes.cpu()
         masks = paste_masks_in_image(self.masks[:, 0].cpu(), self.boxes.cpu(), size)
         instances.gt_masks = BitMasks(masks)
-        labels = self._regions.argmax(dim=0)[None, None].float().cpu()
+        labels = self.regions.argmax(dim=0)[None, None].float().cpu()
         sem_seg = F.interpolate(labels, size=size, mode="nearest")[0, 0].long()
         sem_seg[: max(1, size[0] // 50)] = 255
         return [{"image": self.image, "instances": instances, "sem_seg": sem_seg}]
@@ -153,9 +147,33 @@ class Scene:
             pred_masks=self.masks.clone(),
         )
 
+
+class Batch:
+    """Scenes in a batch, and how a network is made to see them."""
+
+    def __init__(
+        self, setting: Setting, num_objects: int, device: torch.device, num_images: int = 1
+    ) -> None:
+        """
+        Args:
+            setting, device: see :class:`Scene`.
+            num_objects: in each image.
+            num_images: each another scene.
+        """
+        self.setting = setting
+        self.num_objects = num_objects
+        self.scenes = [Scene(setting, num_objects, device, seed) for seed in range(num_images)]
+        self._regions = torch.stack([scene.regions for scene in self.scenes])
+        self._logits_scale: float | None = None
+
+    @property
+    def inputs(self) -> list[dict[str, Any]]:
+        height, width = self.setting.output_size
+        return [{"image": s.image, "height": height, "width": width} for s in self.scenes]
+
     @contextlib.contextmanager
     def shown_to(self, model: nn.Module, stages: Stages) -> Iterator[None]:
-        """Within it a Panoptic FPN finds the scene, and enters stages as it runs.
+        """Within it a Panoptic FPN finds the scenes, and enters stages as it runs.
 
         "After the network" is all between the semantic predictor and the RPN (Detectron2's head
         upsamples there), and all after the ROI heads.
@@ -174,7 +192,7 @@ class Scene:
             model.proposal_generator.register_forward_pre_hook(enter("RPN")),
             model.proposal_generator.register_forward_hook(enter("ROI heads")),
             model.roi_heads.box_predictor.register_forward_hook(self._scores),
-            model.roi_heads.register_forward_hook(lambda *_: ([self.instances()], {})),
+            model.roi_heads.register_forward_hook(self._instances),
             model.roi_heads.register_forward_hook(enter(AFTER)),
         ]
         try:
@@ -191,7 +209,11 @@ class Scene:
 
     def _scores(self, predictor: nn.Module, inputs: Any, outputs: Any) -> Any:
         logits, deltas = outputs
-        return planted_scores(logits, self.num_objects, background=-1), deltas
+        number = self.num_objects * len(self.scenes)
+        return planted_scores(logits, number, background=-1), deltas
+
+    def _instances(self, roi_heads: nn.Module, inputs: Any, outputs: Any) -> Any:
+        return [scene.instances() for scene in self.scenes], {}
 
 
 PREPROCESS, AFTER = "preprocess", "after the network"
@@ -230,8 +252,10 @@ def _objects(
     return boxes, torch.from_numpy(masks)
 
 
-def agreement(ours: Mapping[str, Any], detectron2: Mapping[str, Any]) -> dict[str, float]:
-    """How far the outputs of both agree, those that ours has.
+def agreement(
+    ours: Sequence[Mapping[str, Any]], detectron2: Sequence[Mapping[str, Any]]
+) -> dict[str, float]:
+    """How far the outputs of both agree, those that ours has, in the image where least.
 
     Returns:
         ``labels_equal``, the share of pixels of ``panoptic_seg`` that belong to the same segment in
@@ -239,6 +263,15 @@ def agreement(ours: Mapping[str, Any], detectron2: Mapping[str, Any]) -> dict[st
         ``sem_seg_difference``, the greatest over the range of the logits, and
         ``instance_masks_equal``, the share of pixels.
     """
+    images = [_agreement(*outputs) for outputs in zip(ours, detectron2, strict=True)]
+    return {
+        name: (max if name.endswith("difference") else min)(found[name] for found in images)
+        for name in images[0]
+    }
+
+
+def _agreement(ours: Mapping[str, Any], detectron2: Mapping[str, Any]) -> dict[str, float]:
+    """See :func:`agreement`, of one image."""
     panoptic = [outputs["panoptic_seg"] for outputs in (ours, detectron2)]
     keys = [[_key(s) for s in segments] for _, segments in panoptic]
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys[0] + keys[1]), 1)}

@@ -265,8 +265,8 @@ class RawOutputs:
     def instances(self, lowest_score: float) -> Instances:
         """Those that reach a score, in their order, for :func:`merge_panoptic`."""
         height, width = self.sem_seg.shape
-        # Compared as in merging: in the precision of the scores.
-        chosen = torch.nonzero(torch.from_numpy(self.scores) >= lowest_score).flatten().numpy()
+        # Compared as in merging: as doubles.
+        chosen = np.flatnonzero(self.scores.astype(np.float64) >= lowest_score)
         return Instances(
             (height, width),
             pred_boxes=Boxes(torch.from_numpy(self.boxes[chosen])),
@@ -425,7 +425,7 @@ def count_image(
         thing_sem_seg_ids=thing_sem_seg_ids,
         stuff_area_limit=1,
     )
-    reaches = [(instances.scores >= score).tolist() for score in grid.score]
+    reaches = [(instances.scores.double() >= score).tolist() for score in grid.score]
     outcome_of: dict[tuple[int, ...], int] = {}
     outcomes = np.empty((len(grid.score), len(grid.overlap), len(grid.nms)), dtype=np.int64)
     for (j, overlap), (k, nms) in itertools.product(enumerate(grid.overlap), enumerate(grid.nms)):

@@ -45,7 +45,7 @@ def test_evaluation_compares_and_checks(tmp_path):
         *("evaluation", "--sizes", "96x128", "--images", 2, "--rounds", 2, "--json", path)
     )
     comparisons = figures(run, path)["comparisons"]
-    assert [c["what"] for c in comparisons] == ["PQ", "mIoU", "box and mask AP"]
+    assert [c["what"] for c in comparisons] == ["PQ", "mIoU", "box and mask AP", "PQ + mIoU + AP"]
     assert {c["size"] for c in comparisons} == {"96x128"}
 
 
@@ -78,7 +78,21 @@ def test_inference_compares_and_checks(tmp_path):
 def test_training_compares_and_checks(tmp_path):
     path = tmp_path / "figures.json"
     run = benchmark("training", *SMALL, "--data-images", 2, "--json", path)
-    *_, step, data = figures(run, path)["comparisons"]
+    summed, concat, *_, step, data = figures(run, path)["comparisons"]
+    assert summed["what"] == "semantic head's step, sum, 1 image(s)"
+    assert concat["what"] == (
+        "semantic head's step, concat, 1.04 x the multiply-adds, against sum, 1 image(s)"
+    )
+    for head in (summed, concat):
+        assert head["ours_mb"] > 0
+        differences = [v for k, v in head["agreement"].items() if k.endswith("difference")]
+        assert len(differences) == 3
+        assert max(differences) <= 1e-3
+    # Of one pixel at stride 4: the first convolution of each level, then the others, at 1/8 (of
+    # two levels) and 1/16.
+    layers = 9 * 128 * (256 * (1 + 1 / 4 + 1 / 16 + 1 / 64) + 128 * (1 / 4 + 1 / 4 + 1 / 16))
+    more = (layers + 4 * 128 * 54) / (layers + 128 * 54)
+    assert concat["agreement"]["multiply-adds over sum"] == pytest.approx(more)
     assert step["what"] == "training step, 1 image(s)"
     assert step["ours_mb"] > 0
     assert max(step["agreement"].values()) <= 1e-3
