@@ -38,6 +38,8 @@ def add_panoptic_fpn_config(cfg: CfgNode) -> None:
     cfg.MODEL.CHANNELS_LAST = True
     # Frozen batch normalization as part of the convolution before it.
     cfg.MODEL.FOLD_FROZEN_BN = True
+    # "float16" or "bfloat16" for mixed precision in inference; for training, SOLVER.AMP.
+    cfg.MODEL.INFERENCE_PRECISION = "float32"
 
     # How the semantic branch brings the levels of the pyramid together: "sum" or "concat".
     cfg.MODEL.SEM_SEG_HEAD.AGGREGATION = "sum"

@@ -1,5 +1,6 @@
 """Panoptic FPN: one network for instance, semantic and panoptic segmentation."""
 
+import contextlib
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from .semantic_head import SemanticFPNHead
 
 TASKS = ("instance", "semantic")
 TRAINING = ("joint", "alternate")
+PRECISIONS = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @META_ARCH_REGISTRY.register()
@@ -46,6 +48,7 @@ class PanopticFPNExt(GeneralizedRCNN):
         channels_last: bool = False,
         fold_frozen_batch_norm: bool = False,
         winograd: bool = False,
+        inference_precision: str = "float32",
         **rcnn_args: Any,
     ) -> None:
         """
@@ -61,12 +64,18 @@ class PanopticFPNExt(GeneralizedRCNN):
             channels_last: whether features have the channels of a pixel side by side in memory,
                 where that is faster: on GPUs, and on CPUs in inference without ``winograd``.
             fold_frozen_batch_norm, winograd: see :func:`accelerate`.
+            inference_precision: ``"float32"``, or ``"float16"`` or ``"bfloat16"`` for what autocast
+                has in that precision.
             rcnn_args: those of :class:`GeneralizedRCNN`.
         """
         super().__init__(**rcnn_args)
         if training_schedule not in TRAINING:
             raise UserError(
                 f"MODEL.PANOPTIC_FPN.TRAINING {training_schedule!r}: allowed are {list(TRAINING)}"
+            )
+        if inference_precision not in PRECISIONS:
+            raise UserError(
+                f"MODEL.INFERENCE_PRECISION {inference_precision!r}: allowed are {[*PRECISIONS]}"
             )
         self.sem_seg_head = sem_seg_head
         self.postprocess = postprocess or PanopticPostprocessor()
@@ -75,6 +84,7 @@ class PanopticFPNExt(GeneralizedRCNN):
         self.feature_groups = feature_groups
         self.channels_last = channels_last
         self.winograd = winograd
+        self.inference_precision = inference_precision
         accelerate(self, fold_frozen_batch_norm=fold_frozen_batch_norm, winograd=winograd)
         branches = {
             "instance": (instance_loss_weight, [self.proposal_generator, self.roi_heads]),
@@ -111,6 +121,7 @@ class PanopticFPNExt(GeneralizedRCNN):
             "sem_seg_head": build_sem_seg_head(cfg, shapes),
             "fold_frozen_batch_norm": cfg.MODEL.FOLD_FROZEN_BN,
             "winograd": cfg.MODEL.WINOGRAD,
+            "inference_precision": cfg.MODEL.INFERENCE_PRECISION,
             "channels_last": cfg.MODEL.CHANNELS_LAST,
             "postprocess": PanopticPostprocessor(cfg),
             "instance_loss_weight": cfg.MODEL.PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT,
@@ -136,7 +147,9 @@ class PanopticFPNExt(GeneralizedRCNN):
             each image, see :class:`PanopticPostprocessor`.
         """
         if not self.training:
-            return self.inference(batched_inputs)
+            dtype = PRECISIONS[self.inference_precision]
+            with torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext():
+                return self.inference(batched_inputs)
         images = self.preprocess_image(batched_inputs)
         features = self._features(images)
         tasks = self._tasks_of_iteration()

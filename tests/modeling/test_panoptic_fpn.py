@@ -137,10 +137,25 @@ def test_each_branch_reads_its_own_group_of_channels(full_cfg, training_batch):
     losses_of(model, training_batch)["loss_mask"].backward()
 
 
+@torch.no_grad()
+def test_inference_in_mixed_precision_is_that_of_autocast(full_cfg, training_batch):
+    full_cfg.MODEL.PANOPTIC_FPN.OUTPUTS = ["sem_seg"]
+    model = build_model(full_cfg).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        (expected, *_) = model(training_batch)
+    full_cfg.MODEL.INFERENCE_PRECISION = "bfloat16"
+    mixed = build_model(full_cfg).eval()
+    mixed.load_state_dict(model.state_dict())
+    (found, *_) = mixed(training_batch)
+    assert found["sem_seg"].dtype == expected["sem_seg"].dtype == torch.bfloat16
+    assert_close(found["sem_seg"], expected["sem_seg"])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (("MODEL.PANOPTIC_FPN.OUTPUTS", ["depth"]), r"PANOPTIC_FPN\.OUTPUTS.*depth.*sem_seg"),
+        (("MODEL.INFERENCE_PRECISION", "half"), r"INFERENCE_PRECISION 'half'.*'float16'"),
         (("MODEL.MASK_ON", False), r"MASK_ON is False.*OUTPUTS"),
         (("MODEL.PANOPTIC_FPN.TRAINING", "turns"), r"TRAINING 'turns'.*'joint', 'alternate'"),
         (("MODEL.SEM_SEG_HEAD.AGGREGATION", "max"), r"AGGREGATION 'max'.*'sum', 'concat'"),
