@@ -98,11 +98,10 @@ def _polygons(scene: Scene, *, trailers: bool) -> dict[str, Any]:
         outlines, _ = cv2.findContours(
             layer.mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE
         )
-        objects += [
-            {"label": label, "polygon": outline[:, 0].tolist()}
-            for outline in outlines
-            if len(outline) > 2
-        ]
+        for outline in outlines:
+            # Of one or two pixels only, it has their points again: a polygon has three.
+            points = np.resize(outline[:, 0], (max(3, len(outline)), 2))
+            objects.append({"label": label, "polygon": points.tolist()})
     height, width = scene.segment_map.shape
     return {"imgHeight": height, "imgWidth": width, "objects": objects}
 

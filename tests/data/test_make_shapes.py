@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 from cityscapesscripts.helpers.labels import name2label
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pycocotools.coco import COCO
@@ -386,6 +386,7 @@ def test_every_kind_of_label_occurs(tmp_path):
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**32), st.integers(32, 150), st.integers(32, 150))
+@example(479001601, 32, 32)  # with a pixel on its own
 def test_polygons_are_drawn_as_the_scene_is(seed, height, width):
     from shapes_cityscapes import LABELS, render
 
