@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmark_dataset import make_dataset
+from benchmark_dataset import compare_targets, make_dataset
 from benchmark_frame import MB, Comparison, Stages, Times, by_turns
 from benchmark_inference import autocast
 from benchmark_models import DEPTHS, Scene, Setting, build_both, config
@@ -42,6 +42,7 @@ def training(args: argparse.Namespace) -> list[Comparison]:
         comparisons += compare_heads(cfg, setting, args)
         comparisons += compare_steps(cfg, setting, args)
         comparisons.append(compare_data(cfg, setting, args))
+        comparisons += compare_targets(setting.output_size, args.data_images, args.rounds)
     return comparisons
 
 

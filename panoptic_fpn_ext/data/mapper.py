@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
-from detectron2.structures import BitMasks, PolygonMasks, polygons_to_bitmask
+from detectron2.structures import BitMasks, BoxMode, PolygonMasks, polygons_to_bitmask
 from PIL import UnidentifiedImageError
 from pycocotools import mask as rle
 
@@ -123,16 +124,14 @@ class PanopticFPNMapper(DatasetMapper):
         """Replace ``annotations`` with ``instances``; those without a pixel left are dropped."""
         annotations = [dict(a) for a in dataset_dict.pop("annotations") if not a.get("iscrowd", 0)]
         segmentations = [a.pop("segmentation", None) for a in annotations]
-        for annotation in annotations:
+        boxes = _transform_boxes(annotations, transforms, image_shape)
+        for annotation, box in zip(annotations, boxes, strict=True):
+            annotation["bbox"], annotation["bbox_mode"] = box, BoxMode.XYXY_ABS
             keypoints = annotation.pop("keypoints", None)
             if self.use_keypoint and keypoints is not None:
-                annotation["keypoints"] = np.array(keypoints, dtype=np.float64)
-            utils.transform_instance_annotations(
-                annotation,
-                transforms,
-                image_shape,
-                keypoint_hflip_indices=self.keypoint_hflip_indices,
-            )
+                annotation["keypoints"] = utils.transform_keypoint_annotations(
+                    keypoints, transforms, image_shape, self.keypoint_hflip_indices
+                )
         instances = utils.annotations_to_instances(annotations, image_shape)
         if self.use_instance_mask:
             source = dataset_dict["file_name"]
@@ -161,11 +160,11 @@ class PanopticFPNMapper(DatasetMapper):
             and not cropped
             and all(isinstance(segmentation, list) for segmentation in segmentations)
         ):
-            return PolygonMasks([_transform_polygons(s, transforms) for s in segmentations])
+            return PolygonMasks(_transform_polygons(segmentations, transforms))
         masks = np.zeros((len(segmentations), *image_shape), dtype=bool)
         for mask, segmentation in zip(masks, segmentations, strict=True):
             if isinstance(segmentation, list):
-                polygons = _transform_polygons(segmentation, transforms)
+                (polygons,) = _transform_polygons([segmentation], transforms)
                 mask[:] = polygons_to_bitmask(polygons, *image_shape)
                 continue
             if isinstance(segmentation, dict):
@@ -179,11 +178,32 @@ class PanopticFPNMapper(DatasetMapper):
         return BitMasks(torch.from_numpy(masks))
 
 
-def _transform_polygons(polygons: list[Any], transforms: T.TransformList) -> list[np.ndarray]:
-    """Polygons [x0, y0, x1, y1, ...], moved but not clipped."""
-    # New arrays: transforms work in place.
-    coordinates = [np.array(p, dtype=np.float64).reshape(-1, 2) for p in polygons]
-    return [transforms.apply_coords(c).reshape(-1) for c in coordinates]
+def _transform_boxes(
+    annotations: list[dict[str, Any]], transforms: T.TransformList, image_shape: tuple[int, int]
+) -> np.ndarray:
+    """The boxes of annotations, moved and clipped: (N, 4), x0, y0, x1, y1.
+
+    Those of an image at once; one by one they would take longer than to decode its PNG.
+    """
+    boxes = np.zeros((len(annotations), 4))
+    for mode in {annotation["bbox_mode"] for annotation in annotations}:
+        places = [k for k, annotation in enumerate(annotations) if annotation["bbox_mode"] == mode]
+        given = np.array([annotations[k]["bbox"] for k in places], dtype=np.float64)
+        boxes[places] = BoxMode.convert(given, mode, BoxMode.XYXY_ABS)
+    height, width = image_shape
+    return np.clip(transforms.apply_box(boxes), 0, (width, height, width, height))
+
+
+def _transform_polygons(
+    segmentations: list[list[Any]], transforms: T.TransformList
+) -> list[list[np.ndarray]]:
+    """The polygons [x0, y0, x1, y1, ...] of each instance, moved but not clipped."""
+    polygons = [np.reshape(p, (-1, 2)) for s in segmentations for p in s]
+    # In a new array, also where there is one only: transforms work in place.
+    coordinates = np.concatenate([np.zeros((0, 2)), *polygons])
+    ends = np.cumsum([len(p) for p in polygons])
+    moved = iter(np.split(transforms.apply_coords(coordinates), ends[:-1]))
+    return [[next(moved).reshape(-1) for _ in s] for s in segmentations]
 
 
 def read_image(dataset_dict: dict[str, Any], image_format: str) -> np.ndarray:
@@ -194,7 +214,11 @@ def read_image(dataset_dict: dict[str, Any], image_format: str) -> np.ndarray:
     """
     file_name = dataset_dict["file_name"]
     try:
-        image = utils.read_image(file_name, format=image_format)
+        # Of BGR Detectron2 makes a reversed view, which transforms take very long to read.
+        is_bgr = image_format == "BGR"
+        image = utils.read_image(file_name, format="RGB" if is_bgr else image_format)
+        if is_bgr:
+            image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
     except UnidentifiedImageError as error:
         raise UserError(f"{file_name}: cannot read the image: not an image file") from error
     except Exception as error:  # decoders raise whatever they like on damaged files

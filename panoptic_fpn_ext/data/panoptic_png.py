@@ -4,15 +4,18 @@ The format is that of COCO panoptic (https://cocodataset.org/#format-data). Id 0
 """
 
 import os
+import struct
 
 import cv2
 import numpy as np
 from detectron2.utils.file_io import PathManager
+from kornia_rs.io import decode_image_png_u8
 
 from ..errors import UserError
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLOR_TYPES = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}
+_MAX_EXPANSION = 1032  # of a byte that deflate has compressed
 _MAX_ID = 2**24 - 1
 
 
@@ -36,16 +39,20 @@ def read_panoptic_png(file_name: str | os.PathLike) -> np.ndarray:
             f"{file_name}: cannot read the panoptic PNG: {error.strerror or error}"
         ) from error
 
-    _check_header(content, file_name)
-    try:
-        bgr = cv2.imdecode(
-            np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    mode, shape = _read_header(content, file_name)
+    rows_size = shape[0] * (1 + shape[1] * len(mode))  # each with the number of its filter
+    if rows_size > _MAX_EXPANSION * len(content):
+        raise UserError(
+            f"{file_name}: damaged or truncated PNG: {len(content)} bytes cannot hold "
+            f"{shape[1]}x{shape[0]} pixels; fetch or write it again"
         )
-    except cv2.error:  # what most faults give is None, but an absurd size gives this
-        bgr = None
-    if bgr is None:
-        raise UserError(f"{file_name}: damaged or truncated PNG; fetch or write it again")
-    rgba = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGBA)
+    try:
+        pixels = decode_image_png_u8(content, shape, mode.lower())
+    except Exception as error:
+        raise UserError(
+            f"{file_name}: damaged or truncated PNG; fetch or write it again"
+        ) from error
+    rgba = pixels if mode == "RGBA" else cv2.cvtColor(pixels, cv2.COLOR_RGB2RGBA)
     ids = rgba.view("<i4")[..., 0]
     ids &= _MAX_ID
     return ids
@@ -77,17 +84,19 @@ def write_panoptic_png(file_name: str | os.PathLike, ids: np.ndarray) -> None:
         file.write(content.tobytes())
 
 
-def _check_header(content: bytes, file_name: str | os.PathLike) -> None:
-    """Raise UserError unless ``content`` starts as an 8-bit RGB or RGBA PNG does.
+def _read_header(content: bytes, file_name: str | os.PathLike) -> tuple[str, tuple[int, int]]:
+    """The mode, RGB or RGBA, and the (height, width) of an 8-bit PNG.
 
-    OpenCV would expand palettes and grey silently, and the ids with them.
+    Raises:
+        UserError: it is none, or of another mode.
     """
     if len(content) < 26 or not content.startswith(_SIGNATURE):
         raise UserError(f"{file_name}: not a PNG; expected an 8-bit RGB panoptic PNG")
-    bit_depth, color_type = content[24], content[25]
+    width, height, bit_depth, color_type = struct.unpack_from(">IIBB", content, 16)
     mode = _COLOR_TYPES.get(color_type, "unknown")
     if bit_depth != 8 or mode not in ("RGB", "RGBA"):
         raise UserError(
             f"{file_name}: {bit_depth}-bit {mode} PNG; expected 8-bit RGB, "
             "which holds segment ids as R + 256 G + 65536 B"
         )
+    return mode, (height, width)

@@ -12,9 +12,10 @@ import cv2
 import numpy as np
 import torch
 from detectron2.data.transforms import Transform, TransformList
-from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.structures import Boxes, Instances
 
 from ..errors import UserError
+from .segment_masks import SegmentMasks
 
 MAX_SEGMENTS = 2**16 - 2  # two bytes, without 0 and the greatest, with which transforms pad
 
@@ -74,25 +75,27 @@ def index_segments(
         raise UserError(
             f"{source}: {len(segments_info)} segments, at most {MAX_SEGMENTS} are supported"
         )
+    known = np.array([0, *(info["id"] for info in segments_info)])
+    order = np.argsort(known, kind="stable")
     flat = ids.reshape(-1)
     starts = np.concatenate(([0], np.flatnonzero(flat[1:] != flat[:-1]) + 1))
-    found, which = np.unique(flat[starts], return_inverse=True)
-    place = {info["id"]: k + 1 for k, info in enumerate(segments_info)} | {0: 0}
-    missing = [i for i in found.tolist() if i not in place]
-    if missing:
-        raise UserError(f"{source}: segment id {missing[0]} is not in segments_info")
+    values = flat[starts]
+    places = order[np.searchsorted(known[order], values).clip(max=len(known) - 1)]
+    missing = values[known[places] != values]
+    if len(missing):
+        raise UserError(f"{source}: segment id {missing.min()} is not in segments_info")
     dtype = np.uint8 if len(segments_info) < 255 else np.uint16
-    table = np.array([place[i] for i in found.tolist()], dtype=dtype)
-    return np.repeat(table[which], np.diff(starts, append=flat.size)).reshape(ids.shape)
+    return np.repeat(places.astype(dtype), np.diff(starts, append=flat.size)).reshape(ids.shape)
 
 
 def transform_index(index: np.ndarray, transforms: Transform | TransformList) -> np.ndarray:
     """Apply the transforms of an image to its index map.
 
-    What comes in from outside, for which Detectron2 has 0 or 255, is void.
+    What comes in from outside, for which Detectron2 has 0 or 255, is void. The result is
+    contiguous: a flip is a view, which each that reads it would have to copy.
     """
     if index.dtype == np.uint8:
-        return transforms.apply_segmentation(index)
+        return np.ascontiguousarray(transforms.apply_segmentation(index))
     # Detectron2's transforms take bytes; both maps go through the same ones.
     low, high = (
         transforms.apply_segmentation(part.astype(np.uint8)) for part in (index & 255, index >> 8)
@@ -165,19 +168,21 @@ def instances_from_index(
 
     Returns:
         Instances with ``gt_classes``, ``gt_boxes``, tight around the masks, and ``gt_masks``
-        (BitMasks); one for each segment that still has a pixel.
+        (SegmentMasks, which are BitMasks); one for each segment that still has a pixel.
     """
     found = extents(index)
     kept = np.isin(found.values, instance_places(segments_info))
-    places, boxes = found.values[kept].tolist(), found.boxes[kept]
+    places = found.values[kept]
     instances = Instances(index.shape)
-    instances.gt_boxes = Boxes(torch.from_numpy(boxes.astype(np.float32)))
+    instances.gt_boxes = Boxes(torch.from_numpy(found.boxes[kept].astype(np.float32)))
     instances.gt_classes = torch.tensor(
-        [segments_info[place - 1]["category_id"] for place in places], dtype=torch.int64
+        [segments_info[place - 1]["category_id"] for place in places.tolist()], dtype=torch.int64
     )
     if with_masks:
-        masks = np.zeros((len(places), *index.shape), dtype=bool)
-        for mask, place, (x0, y0, x1, y1) in zip(masks, places, boxes.tolist(), strict=True):
-            np.equal(index[y0:y1, x0:x1], place, out=mask[y0:y1, x0:x1])
-        instances.gt_masks = BitMasks(torch.from_numpy(masks))
+        # PyTorch does not compute with uint16, nor take what is flipped or read-only.
+        dtype = np.uint8 if index.dtype == np.uint8 else np.int32
+        segments = np.require(index, dtype, ["C", "W"])
+        instances.gt_masks = SegmentMasks(
+            torch.from_numpy(segments), torch.from_numpy(places.astype(dtype))
+        )
     return instances

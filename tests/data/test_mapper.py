@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.structures import BitMasks, BoxMode, PolygonMasks
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from panoptic_fpn_ext import PanopticFPNMapper, UserError, add_panoptic_fpn_config
 from panoptic_fpn_ext.data.panoptic_png import read_panoptic_png
@@ -57,6 +60,59 @@ def test_instances_from_the_panoptic_png_equal_those_of_the_instances_json(cfg, 
     for box, category in zip(from_json.gt_boxes.tensor, from_json.gt_classes, strict=True):
         same = from_png.gt_boxes.tensor[from_png.gt_classes == category]
         assert (same - box).abs().amax(dim=1).min() <= 2
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    seed=st.integers(0, 2**31),
+    num_instances=st.integers(0, 4),
+    mask_format=st.sampled_from(["polygon", "bitmask"]),
+    image_format=st.sampled_from(["BGR", "RGB", "L"]),
+    flip=st.sampled_from(["none", "horizontal", "vertical"]),
+)
+def test_images_and_annotations_are_mapped_as_detectron2_does(
+    cfg, record, seed, num_instances, mask_format, image_format, flip
+):
+    """Boxes of several modes, several polygons an instance, some beyond the image."""
+    rng = np.random.default_rng(seed)
+    cfg = cfg.clone()
+    cfg.INPUT.MASK_FORMAT, cfg.INPUT.FORMAT, cfg.INPUT.RANDOM_FLIP = mask_format, image_format, flip
+    annotations = [
+        {
+            "bbox": rng.uniform(0, 60, 4).round(2).tolist(),
+            "bbox_mode": BoxMode.XYWH_ABS if rng.random() < 0.7 else BoxMode.XYXY_ABS,
+            "category_id": int(rng.integers(3)),
+            "iscrowd": int(rng.random() < 0.1),
+            "segmentation": [
+                rng.uniform(-9, 99, 2 * rng.integers(3, 6)).tolist()
+                for _ in range(rng.integers(1, 4))
+            ],
+        }
+        for _ in range(num_instances)
+    ]
+    record = {**record, "annotations": annotations}
+    mapped = []
+    for mapper in (PanopticFPNMapper, DatasetMapper):
+        np.random.seed(seed % 1000)
+        mapped.append(mapper(cfg, is_train=True)(copy.deepcopy(record)))
+    ours, theirs = mapped
+    assert torch.equal(ours["image"], theirs["image"])
+    ours, theirs = ours["instances"], theirs["instances"]
+    assert torch.equal(ours.gt_classes, theirs.gt_classes)
+    torch.testing.assert_close(ours.gt_boxes.tensor, theirs.gt_boxes.tensor)
+    if not len(theirs):
+        return
+    if mask_format == "bitmask":
+        assert isinstance(ours.gt_masks, BitMasks)
+        assert torch.equal(ours.gt_masks.tensor, theirs.gt_masks.tensor)
+    else:
+        assert isinstance(ours.gt_masks, PolygonMasks)
+        polygons = [
+            [p.tolist() for p in i] for masks in mapped for i in masks["instances"].gt_masks
+        ]
+        assert polygons[: len(ours)] == polygons[len(ours) :]
 
 
 def test_an_image_without_things(cfg, record):

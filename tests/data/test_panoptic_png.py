@@ -1,11 +1,13 @@
 """Reading and writing panoptic PNGs, against Pillow."""
 
+import struct
+import zlib
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
@@ -35,6 +37,82 @@ def test_reads_what_pillow_writes(folder, ids):
     read = read_panoptic_png(folder / "pillow.png")
     assert read.dtype == np.int32
     np.testing.assert_array_equal(read, ids)
+
+
+# Where the pixels of each pass begin, and how far they are apart: rows and columns.
+ADAM7 = [
+    (0, 0, 8, 8),
+    (0, 4, 8, 8),
+    (4, 0, 8, 4),
+    (0, 2, 4, 4),
+    (2, 0, 4, 2),
+    (0, 1, 2, 2),
+    (1, 0, 2, 1),
+]
+
+
+def png_of(pixels: np.ndarray, filters: np.ndarray, *, interlaced: bool, parts: int) -> bytes:
+    """A PNG (H, W, 3 or 4) with a filter, 0 to 4, for each row, its data in several chunks."""
+    height, width, channels = pixels.shape
+    passes = ADAM7 if interlaced else [(0, 0, 1, 1)]
+    data = bytearray()
+    for top, left, dy, dx in passes:
+        image = pixels[top::dy, left::dx].astype(int)
+        if not image.size:
+            continue
+        padded = np.pad(image, ((1, 0), (1, 0), (0, 0)))
+        a, b, c = padded[1:, :-1], padded[:-1, 1:], padded[:-1, :-1]
+        distances = np.abs([b - c, a - c, a + b - 2 * c])  # Paeth's, to a, b and c
+        paeth = np.choose(distances.argmin(axis=0), [a, b, c])
+        filtered = image - np.choose(
+            filters[top::dy, None, None], [np.zeros_like(a), a, b, (a + b) // 2, paeth]
+        )
+        for number, row in zip(filters[top::dy], filtered.astype(np.uint8), strict=True):
+            data += bytes([number]) + row.tobytes()
+    stream = zlib.compress(bytes(data))
+    size = -(-len(stream) // parts)
+    header = struct.pack(">IIBBBBB", width, height, 8, 2 if channels == 3 else 6, 0, 0, interlaced)
+    chunks = [(b"IHDR", header), (b"tEXt", b"a\0b")]
+    chunks += [(b"IDAT", stream[i : i + size]) for i in range(0, len(stream), size)]
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, body in [*chunks, (b"IEND", b"")]:
+        content += struct.pack(">I", len(body)) + kind + body
+        content += struct.pack(">I", zlib.crc32(kind + body))
+    return content
+
+
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    shape=st.tuples(st.integers(1, 20), st.integers(1, 20), st.sampled_from([3, 4])),
+    colors=st.sampled_from([2, 256]),
+    interlaced=st.booleans(),
+    parts=st.integers(1, 3),
+)
+def test_reads_every_filter_and_interlacing(folder, seed, shape, colors, interlaced, parts):
+    """And as OpenCV does."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, colors, shape, dtype=np.uint8)
+    filters = rng.integers(0, 5, shape[0])
+    content = png_of(pixels, filters, interlaced=interlaced, parts=parts)
+    (folder / "made.png").write_bytes(content)
+    opencv = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+    np.testing.assert_array_equal(opencv[..., ::-1], pixels[..., :3])
+    ids = read_panoptic_png(folder / "made.png")
+    np.testing.assert_array_equal(ids, pixels[..., :3].astype(int) @ [1, 256, 65536])
+
+
+@settings(deadline=None)
+@given(data=st.data())
+def test_a_damaged_byte_never_goes_unnoticed_in_the_pixels(folder, data):
+    ids = np.arange(600).reshape(20, 30)
+    write_panoptic_png(folder / "whole.png", ids)
+    content = bytearray((folder / "whole.png").read_bytes())
+    place = data.draw(st.integers(0, content.index(b"IEND") - 9))
+    content[place] ^= data.draw(st.integers(1, 255))
+    (folder / "damaged.png").write_bytes(content)
+    with pytest.raises(UserError, match=r"damaged\.png: "):
+        read_panoptic_png(folder / "damaged.png")
 
 
 @given(ids=id_maps)

@@ -56,6 +56,32 @@ def test_sem_seg_equals_a_loop(seed, thing_sem_seg_ids):
 
 
 @settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from([np.int32, np.int64]))
+def test_index_equals_a_loop(seed, dtype):
+    ids, segments_info = random_panoptic(seed)
+    expected = np.zeros(ids.shape, dtype=int)
+    for k, info in enumerate(segments_info):
+        expected[ids == info["id"]] = k + 1
+    index = index_segments(ids.astype(dtype), segments_info, source="")
+    assert index.dtype == np.uint8
+    np.testing.assert_array_equal(index, expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31), st.data())
+def test_the_least_id_without_a_segment_is_named(seed, data):
+    ids, segments_info = random_panoptic(seed)
+    lost = data.draw(st.sets(st.sampled_from([info["id"] for info in segments_info]), min_size=1))
+    left = [info for info in segments_info if info["id"] not in lost]
+    missing = sorted(lost & set(ids.reshape(-1).tolist()))
+    if missing:
+        with pytest.raises(UserError, match=rf"^a\.png: segment id {missing[0]} is not"):
+            index_segments(ids, left, source="a.png")
+    else:
+        index_segments(ids, left, source="a.png")
+
+
+@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**31))
 def test_instances_equal_a_loop(seed):
     ids, segments_info = random_panoptic(seed)
@@ -141,6 +167,16 @@ def test_more_segments_than_a_byte_holds(seed, num_segments, padding):
 def test_an_id_without_a_segment_is_an_error_that_names_file_and_id():
     with pytest.raises(UserError, match=r"a\.png: segment id 7 is not in segments_info"):
         index_segments(np.full((2, 2), 7), [{"id": 8}], source="a.png")
+
+
+@pytest.mark.parametrize("num_segments", [3, 300])
+def test_masks_of_a_flipped_read_only_map(num_segments):
+    segments_info = [{"id": k + 1, "isthing": True, "category_id": 0} for k in range(num_segments)]
+    ids = np.arange(num_segments + 1).repeat(2).reshape(-1, 2)
+    index = np.flip(index_segments(ids, segments_info, source=""))
+    index.flags.writeable = False
+    masks = instances_from_index(index, segments_info).gt_masks.tensor.numpy()
+    np.testing.assert_array_equal(masks, [index == k + 1 for k in range(num_segments)])
 
 
 def test_no_instances_have_the_shapes_detectron2_wants():
