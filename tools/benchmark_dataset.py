@@ -110,8 +110,8 @@ def compare_targets(size: tuple[int, int], num_images: int, rounds: int) -> list
     """Training targets from files: our mapper's from the panoptic PNG, and those of Detectron2's
     from a semantic PNG and instances as RLE, which it decodes, or as polygons, which it keeps.
 
-    Images are there already and not resized. Neither of two kinds of mask is yet what the loss
-    reads, so each is also measured with the crops that it takes of :data:`NUM_SAMPLES` boxes.
+    Images are there already and not resized. The mask loss reads none of these masks as they are,
+    so each is also measured with the crops that it makes for :data:`NUM_SAMPLES` boxes.
     """
     name = "benchmark_targets_{}x{}".format(*size)
     comparisons = []
@@ -122,7 +122,8 @@ def compare_targets(size: tuple[int, int], num_images: int, rounds: int) -> list
         add_panoptic_fpn_config(cfg)
         cfg.DATASETS.TRAIN = (name,)
         cfg.MODEL.MASK_ON = True
-        cfg.INPUT.MIN_SIZE_TRAIN = (0,)  # as they are
+        cfg.INPUT.MIN_SIZE_TRAIN = (0,)  # images as they are, in size and order of colors
+        cfg.INPUT.FORMAT = "RGB"
         for mask_format, kind in (("bitmask", "RLE"), ("polygon", "polygons")):
             cfg.INPUT.MASK_FORMAT = mask_format
             for cropped, with_crops in ((False, ""), (True, f", {NUM_SAMPLES} masks cropped")):
@@ -227,11 +228,7 @@ def images_at_hand(records: list[dict[str, Any]]) -> Iterator[None]:
     read = detection_utils.read_image
     names = {record["file_name"] for record in records}
 
-    @functools.cache
-    def keep(name: str, image_format: str | None) -> np.ndarray:
-        # As what a resize would make of it, not as the reversed view that BGR is.
-        return np.ascontiguousarray(read(name, image_format))
-
+    keep = functools.cache(read)
     with mock.patch.object(
         detection_utils,
         "read_image",
