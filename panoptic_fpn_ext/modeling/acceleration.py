@@ -1,7 +1,11 @@
 """Faster modules with the parameters, and up to rounding the results, of Detectron2's."""
 
+import functools
+import math
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
-from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.layers import Conv2d, FrozenBatchNorm2d, ROIAlign
 from detectron2.modeling.roi_heads import MaskRCNNConvUpsampleHead
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -11,15 +15,15 @@ from torch.nn import functional as F
 WINOGRAD_MIN_CHANNELS = 64
 WINOGRAD_MIN_PIXELS = 2048
 WINOGRAD_MIN_BATCH = 32
-MATMUL_MIN_PIXELS = 4096
+MATMUL_MIN_PIXELS = 2048
 
 # What bounds memory: so many pixels at once for NNPACK, which keeps its workspace; so many masks.
-WINOGRAD_MAX_PIXELS = 2**14
+WINOGRAD_MAX_PIXELS = 2**16
 MAX_MASKS = 32
 
 
 def accelerate(model: nn.Module, *, fold_frozen_batch_norm: bool, winograd: bool) -> None:
-    """Make Detectron2's convolutions and mask heads in ``model`` faster ones, in place.
+    """Make convolutions, Detectron2's mask heads and RoIAlign in ``model`` faster ones, in place.
 
     Names, shapes and values of parameters and buffers stay.
 
@@ -28,13 +32,17 @@ def accelerate(model: nn.Module, *, fold_frozen_batch_norm: bool, winograd: bool
         winograd: see :class:`FastConv2d`.
     """
     for module in model.modules():
-        if type(module) is Conv2d:
+        if type(module) in (nn.Conv2d, Conv2d):
+            if type(module) is nn.Conv2d:
+                module.norm = module.activation = None
             module.__class__ = FastConv2d
             module.folds = fold_frozen_batch_norm and isinstance(module.norm, FrozenBatchNorm2d)
             module.folded = None
             module.winograd = winograd
         elif type(module) is MaskRCNNConvUpsampleHead:
             module.__class__ = LeanMaskHead
+        elif type(module) is ROIAlign:
+            module.__class__ = ParallelROIAlign
 
 
 class FastConv2d(Conv2d):
@@ -92,13 +100,36 @@ class LeanMaskHead(MaskRCNNConvUpsampleHead):
         return torch.cat([super(LeanMaskHead, self).layers(some) for some in x.split(MAX_MASKS)])
 
 
+class ParallelROIAlign(ROIAlign):
+    """Detectron2's, which on CPUs computes with one thread, with all of them in inference."""
+
+    def forward(self, input: torch.Tensor, rois: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) features and (K, 5) boxes, after the index of each's image, to
+        (K, C, *output_size)."""
+        number = torch.get_num_threads()
+        if torch.is_grad_enabled() or not _is_plain(input) or len(rois) < 2 * number:
+            return super().forward(input, rois)
+        plain = super().forward
+
+        @torch.no_grad()  # threads have a mode of their own
+        def some(rois: torch.Tensor) -> torch.Tensor:
+            return plain(input, rois)
+
+        with ThreadPoolExecutor(number) as threads:
+            return torch.cat([*threads.map(some, rois.chunk(number))])
+
+
 def is_planar_faster(x: torch.Tensor) -> bool:
     """Whether :func:`convolve` has ways of its own for features like ``x``: it wants each channel
     in one piece."""
+    return _is_plain(x) and torch.backends.nnpack.is_available()
+
+
+def _is_plain(x: torch.Tensor) -> bool:
+    """Whether what is done to ``x`` happens now, on a CPU, in float32."""
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32
-        and torch.backends.nnpack.is_available()
         and not torch.is_autocast_enabled("cpu")
         and not torch.jit.is_tracing()
         and not torch.compiler.is_compiling()
@@ -118,24 +149,26 @@ def convolve(
 
     On CPUs in float32, large 3x3 convolutions of stride 1 take Winograd's algorithm (Lavin and
     Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016) as NNPACK has it, which
-    comes with PyTorch: F(6x6, 3x3), 5 times fewer multiplications. Large 1x1 convolutions are
-    matrix products.
+    comes with PyTorch: F(6x6, 3x3), 5 times fewer multiplications. Large 1x1 convolutions
+    are matrix products.
     """
-    pixels = x.shape[-2] * x.shape[-1]
-    if stride != (1, 1) or dilation != (1, 1) or groups != 1 or not is_planar_faster(x):
-        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    plain = functools.partial(F.conv2d, x, weight, bias, stride, padding, dilation, groups)
+    if dilation != (1, 1) or groups != 1 or not is_planar_faster(x):
+        return plain()
+    pixels = math.ceil(x.shape[-2] / stride[0]) * math.ceil(x.shape[-1] / stride[1])
     if weight.shape[-2:] == (1, 1) and padding == (0, 0) and pixels >= MATMUL_MIN_PIXELS:
+        x = x[:, :, :: stride[0], :: stride[1]]
         matrices = weight.flatten(1).expand(len(x), -1, -1), x.flatten(2)
         product = torch.bmm(*matrices) if bias is None else torch.baddbmm(bias[:, None], *matrices)
         return product.unflatten(2, x.shape[-2:])
     if (
         weight.shape[-2:] == (3, 3)
-        and padding == (1, 1)
+        and padding == stride == (1, 1)
         and min(weight.shape[:2]) >= WINOGRAD_MIN_CHANNELS
         and (pixels >= WINOGRAD_MIN_PIXELS or len(x) >= WINOGRAD_MIN_BATCH)
     ):
         return _Winograd.apply(x, weight, bias)
-    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return plain()
 
 
 class _Winograd(torch.autograd.Function):

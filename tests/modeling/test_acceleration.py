@@ -5,7 +5,7 @@ import copy
 import hypothesis.strategies as st
 import pytest
 import torch
-from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec
+from detectron2.layers import Conv2d, FrozenBatchNorm2d, ROIAlign, ShapeSpec
 from detectron2.modeling.roi_heads import MaskRCNNConvUpsampleHead
 from hypothesis import example, given, settings
 from torch import nn
@@ -30,7 +30,7 @@ def pair(request):
             norm=FrozenBatchNorm2d(8),
             activation=torch.relu,
         ),
-        Conv2d(8, 4, 1),
+        nn.Conv2d(8, 4, 1),
         Conv2d(4, 4, 3, padding=1, norm=nn.GroupNorm(2, 4), activation=torch.relu),
     )
     randomize(network)
@@ -99,9 +99,10 @@ SHAPES = st.tuples(
 )
 @example((1, 64, 1, 2100), 64, 3, 1, 1, True, False)
 @example((1, 64, 4200, 1), 64, 3, 1, 1, True, False)
-@example((2, 64, 190, 200), 64, 3, 1, 1, True, True)  # several pieces of an image
-@example((200, 64, 14, 14), 64, 3, 1, 1, False, False)  # several pieces of a batch
+@example((2, 64, 260, 270), 64, 3, 1, 1, True, True)  # several pieces of an image
+@example((400, 64, 14, 14), 64, 3, 1, 1, False, False)  # several pieces of a batch
 @example((2, 64, 70, 70), 80, 1, 0, 1, True, False)
+@example((2, 64, 91, 99), 80, 1, 0, 2, True, False)
 def test_convolutions_and_their_gradients_are_equal(
     shape, channels, kernel, padding, stride, has_bias, channels_last
 ):
@@ -154,3 +155,16 @@ def test_mask_logits_are_equal(number):
     with torch.no_grad():
         assert_close(lean.layers(x), head.layers(x), atol=1e-5, rtol=1e-5)
     assert_close(lean.train().layers(x), head.train().layers(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("number", [0, 1, 3, 50])
+def test_roi_align_is_equal(number):
+    align = ROIAlign((7, 5), 0.25, 0, aligned=True)
+    parallel = nn.Sequential(copy.deepcopy(align))
+    accelerate(parallel, fold_frozen_batch_norm=False, winograd=False)
+    x = torch.randn(2, 3, 30, 40)
+    corners = torch.rand(number, 2) * torch.tensor([150.0, 110.0])
+    rois = torch.cat([torch.arange(number)[:, None] % 2, corners, corners + 20], dim=1)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            assert torch.equal(parallel[0](x, rois), align(x, rois))
