@@ -32,7 +32,7 @@ def accelerate(model: nn.Module, *, fold_frozen_batch_norm: bool, winograd: bool
         winograd: see :class:`FastConv2d`.
     """
     for module in model.modules():
-        if type(module) in (nn.Conv2d, Conv2d):
+        if type(module) in (nn.Conv2d, Conv2d) and module.padding_mode == "zeros":
             if type(module) is nn.Conv2d:
                 module.norm = module.activation = None
             module.__class__ = FastConv2d
