@@ -17,8 +17,10 @@ WINOGRAD_MIN_PIXELS = 2048
 WINOGRAD_MIN_BATCH = 32
 MATMUL_MIN_PIXELS = 2048
 
-# What bounds memory: so many pixels at once for NNPACK, which keeps its workspace; so many masks.
+# What bounds memory: so many pixels at once for NNPACK, which keeps its workspace, and of what has
+# more, strips of so many; so many masks.
 WINOGRAD_MAX_PIXELS = 2**16
+WINOGRAD_STRIP_PIXELS = 2**14
 MAX_MASKS = 32
 
 
@@ -201,10 +203,10 @@ def _winograd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
     if height * width < WINOGRAD_MIN_PIXELS:
         pieces = x.split(max(1, WINOGRAD_MAX_PIXELS // (height * width)))
         return torch.cat([_nnpack(piece, weight, bias) for piece in pieces])
-    rows = max(1, WINOGRAD_MAX_PIXELS // width)
-    if height <= rows:
+    if height * width <= WINOGRAD_MAX_PIXELS:
         pieces = [_nnpack(image, weight, bias) for image in x.split(1)]
         return pieces[0] if number == 1 else torch.cat(pieces)
+    rows = max(1, WINOGRAD_STRIP_PIXELS // width)
     result = x.new_empty(number, len(weight), height, width)
     for i in range(number):
         for start in range(0, height, rows):
@@ -212,9 +214,7 @@ def _winograd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
             first = max(start - 1, 0)
             strip = x[i : i + 1, :, first : stop + 1].contiguous()
             convolved = _nnpack(strip, weight, bias)
-            result[i : i + 1, :, start:stop] = convolved[:, :, start - first :][
-                :, :, : stop - start
-            ]
+            result[i : i + 1, :, start:stop] = convolved[:, :, start - first : stop - first]
     return result
 
 
