@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import signal
 import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -48,6 +50,14 @@ if does != "forget":
     scores = {"panoptic_seg/PQ": float(options["PQ"]) + 2 * int(options["SEED"]), "segm/AP": None}
     (output / "inference" / "metrics.json").write_text(json.dumps(scores))
 """
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell's background processes, tests too, ignore SIGINT from their start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -165,6 +175,7 @@ class TestRuns:
         assert tool.main([str(family), "--seeds", "0"], Path("train_net.py")) == 1
         assert "wrote no inference/metrics.json" in capsys.readouterr().err
 
+    @pytest.mark.usefixtures("interruptible")
     @pytest.mark.parametrize("left", ["no scores", "scores of an evaluation during training"])
     def test_what_was_cut_off_is_resumed(self, tool: ModuleType, family: Path, left: str) -> None:
         arguments = [str(family), "--seeds", "0"]
