@@ -88,6 +88,14 @@ def parser() -> argparse.ArgumentParser:
         "--detectron2-precision", choices=DTYPES, help="another one for Detectron2's model"
     )
     models.add_argument(
+        "--sizes",
+        type=setting,
+        nargs="+",
+        metavar="SIZE",
+        help=f"{', '.join(SETTINGS)} or HEIGHTxWIDTH; default: coco, for inference both",
+    )
+    models.add_argument("--images", type=positive, default=1, help="in a batch; default: 1")
+    models.add_argument(
         "--opts",
         nargs="+",
         default=[],
@@ -97,13 +105,6 @@ def parser() -> argparse.ArgumentParser:
 
     command = subcommands.add_parser(
         "inference", parents=[common, models], help="an image, whole and stage by stage"
-    )
-    command.add_argument(
-        "--sizes",
-        type=setting,
-        nargs="+",
-        metavar="SIZE",
-        help=f"{', '.join(SETTINGS)} (default: both) or HEIGHTxWIDTH",
     )
     command.add_argument(
         "--detections",
@@ -119,7 +120,6 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="semantic ones; default: those of the size",
     )
-    command.add_argument("--images", type=positive, default=1, help="in a batch; default: 1")
     command.add_argument(
         "--growth",
         action="store_true",
@@ -140,15 +140,6 @@ def parser() -> argparse.ArgumentParser:
     command = subcommands.add_parser(
         "training", parents=[common, models], help="a training step, and the data path"
     )
-    command.add_argument(
-        "--sizes",
-        type=setting,
-        nargs="+",
-        metavar="SIZE",
-        default=[SETTINGS["coco"]],
-        help=f"{', '.join(SETTINGS)} or HEIGHTxWIDTH; default: coco",
-    )
-    command.add_argument("--images", type=positive, default=1, help="in a batch; default: 1")
     command.add_argument(
         "--data-images", type=positive, default=8, help="for the data path; default: 8"
     )

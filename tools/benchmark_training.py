@@ -14,7 +14,7 @@ import torch
 from benchmark_dataset import compare_targets, make_dataset
 from benchmark_frame import MB, Comparison, Stages, Times, by_turns
 from benchmark_inference import autocast
-from benchmark_models import DEPTHS, Scene, Setting, build_both, config
+from benchmark_models import DEPTHS, SETTINGS, Scene, Setting, build_both, config
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.layers import Conv2d, ShapeSpec
@@ -37,7 +37,7 @@ def training(args: argparse.Namespace) -> list[Comparison]:
     """For each size a step of the semantic head alone (forward, backward), one of the model (and
     SGD), and the data path of its input images."""
     comparisons = []
-    for setting in args.sizes:
+    for setting in args.sizes or [SETTINGS["coco"]]:
         cfg = config(setting, depth=DEPTHS[args.backbone], device=args.device)
         comparisons += compare_heads(cfg, setting, args)
         comparisons += compare_steps(cfg, setting, args)

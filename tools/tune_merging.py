@@ -43,7 +43,7 @@ from panoptic_fpn_ext.checkpoint import PanopticFPNCheckpointer
 from panoptic_fpn_ext.data import PanopticFPNMapper
 from panoptic_fpn_ext.data.panoptic_png import read_panoptic_png
 from panoptic_fpn_ext.engine import setup
-from panoptic_fpn_ext.evaluation.panoptic_quality import (
+from panoptic_fpn_ext.evaluation.panoptic_matching import (
     Category,
     CategoryMatches,
     match_segments,

@@ -16,7 +16,7 @@ from detectron2.data import MetadataCatalog
 
 from ..data.targets import index_segments
 from .common import check_size, gather, mean, pipe_table
-from .panoptic_maps import joint_runs, read_ground_truth
+from .panoptic_maps import joint_counts, read_ground_truth
 from .sem_seg_iou import SemSegIoUEvaluator
 
 logger = logging.getLogger(__name__)
@@ -92,15 +92,8 @@ class CityscapesSemSegEvaluator(SemSegIoUEvaluator):
             index = index_segments(read_ground_truth(gt_source), segments, source=gt_source)
             pred = self._prediction(record, output)
             check_size(record, pred.shape, gt_source, index.shape)
-            num_classes = len(self._class_names)
-            segment, predicted, lengths = joint_runs(index, pred)
-            counts = np.bincount(
-                segment.astype(np.int64) * num_classes + predicted,
-                weights=lengths,  # summed in float64, exact below 2**53
-                minlength=(len(segments) + 1) * num_classes,
-            )
-            counts = counts.astype(np.int64).reshape(-1, num_classes)[1:]
-            for info, row in zip(segments, counts, strict=True):
+            counts = joint_counts(index, pred, (len(segments) + 1, len(self._class_names)))
+            for info, row in zip(segments, counts[1:], strict=True):
                 category = info["category_id"]
                 true = self._thing_sem_seg_ids[category] if info["isthing"] else category
                 self._confusion[true] += row

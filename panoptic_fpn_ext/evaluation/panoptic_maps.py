@@ -44,3 +44,20 @@ def joint_runs(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np
     change |= b[1:] != b[:-1]
     starts = np.concatenate(([0], np.flatnonzero(change) + 1))
     return a[starts], b[starts], np.diff(starts, append=a.size)
+
+
+def joint_counts(a: np.ndarray, b: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """How many pixels have each pair of values of two maps.
+
+    Args:
+        a, b: integer arrays of the same shape, not empty; values below ``shape[0]``, ``shape[1]``.
+        shape: of the result.
+
+    Returns:
+        int64 array of that shape.
+    """
+    rows, columns, lengths = joint_runs(a, b)
+    pairs = rows.astype(np.int64) * shape[1] + columns
+    # Summed in float64, exact below 2**53.
+    counts = np.bincount(pairs, weights=lengths, minlength=shape[0] * shape[1])
+    return counts.astype(np.int64).reshape(shape)

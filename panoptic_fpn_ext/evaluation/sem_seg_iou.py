@@ -14,7 +14,7 @@ from PIL import Image
 from ..data.targets import sem_seg_from_panoptic
 from ..errors import UserError
 from .common import check_size, gather, pipe_table
-from .panoptic_maps import joint_runs, read_ground_truth
+from .panoptic_maps import joint_counts, read_ground_truth
 
 logger = logging.getLogger(__name__)
 
@@ -81,13 +81,7 @@ class SemSegIoUEvaluator(DatasetEvaluator):
             pred = self._prediction(record, output)
             check_size(record, pred.shape, gt_source, gt.shape)
             num_classes = len(self._class_names)
-            true, predicted, lengths = joint_runs(gt, pred)
-            counts = np.bincount(
-                true.astype(np.int64) * num_classes + predicted,
-                weights=lengths,  # summed in float64, exact below 2**53
-                minlength=256 * num_classes,
-            )
-            counts = counts.astype(np.int64).reshape(256, num_classes)
+            counts = joint_counts(gt, pred, (256, num_classes))
             counts[self._ignore_label] = 0
             unknown = np.flatnonzero(counts[num_classes:].any(axis=1)) + num_classes
             if len(unknown):

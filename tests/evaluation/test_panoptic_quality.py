@@ -22,7 +22,8 @@ from hypothesis.extra import numpy as hnp
 
 from panoptic_fpn_ext.data.panoptic_png import read_panoptic_png, write_panoptic_png
 from panoptic_fpn_ext.errors import UserError
-from panoptic_fpn_ext.evaluation.panoptic_quality import PanopticQualityEvaluator, match_segments
+from panoptic_fpn_ext.evaluation.panoptic_matching import match_segments
+from panoptic_fpn_ext.evaluation.panoptic_quality import PanopticQualityEvaluator
 from panoptic_fpn_ext.evaluation.sem_seg_iou import SemSegIoUEvaluator
 
 THINGS = ["cat", "dog"]

@@ -28,6 +28,17 @@ def random_outputs(seed: int, num_instances: int, size=(24, 32), num_classes=5):
     return instances, blocks.repeat_interleave(4, 0).repeat_interleave(4, 1)
 
 
+def merged(instances: Instances, sem_seg: torch.Tensor, **thresholds):
+    """Merged with class 0 as things, and thresholds that drop little unless others are given."""
+    defaults = {
+        "thing_sem_seg_ids": {0},
+        "overlap_threshold": 0.5,
+        "stuff_area_limit": 1,
+        "score_threshold": 0.5,
+    }
+    return merge_panoptic(instances, sem_seg, **(defaults | thresholds))
+
+
 def without_hidden(panoptic_seg: torch.Tensor, segments_info: list[dict]):
     """The same without segments that have no pixel, ids numbered anew."""
     visible = set(panoptic_seg.unique().tolist())
@@ -51,10 +62,9 @@ def test_equals_detectron2(seed, num_instances, overlap, area_limit, score):
     expected = combine_semantic_and_instance_outputs(instances, sem_seg, overlap, area_limit, score)
     if overlap == 1:  # where Detectron2's has instances that others hide wholly
         expected = without_hidden(*expected)
-    panoptic_seg, segments_info = merge_panoptic(
+    panoptic_seg, segments_info = merged(
         instances,
         sem_seg,
-        thing_sem_seg_ids={0},
         overlap_threshold=overlap,
         stuff_area_limit=area_limit,
         score_threshold=score,
@@ -70,28 +80,14 @@ def test_a_score_at_the_threshold_counts_as_in_detectron2(score):
     instances, sem_seg = random_outputs(seed=3, num_instances=4)
     instances.scores = torch.full((4,), score)
     expected = combine_semantic_and_instance_outputs(instances, sem_seg, 0.5, 1, score)
-    panoptic_seg, segments_info = merge_panoptic(
-        instances,
-        sem_seg,
-        thing_sem_seg_ids={0},
-        overlap_threshold=0.5,
-        stuff_area_limit=1,
-        score_threshold=score,
-    )
+    panoptic_seg, segments_info = merged(instances, sem_seg, score_threshold=score)
     assert segments_info == expected[1]
     assert torch.equal(panoptic_seg, expected[0])
 
 
 def test_thing_classes_of_the_full_label_space_never_become_stuff():
     instances, sem_seg = random_outputs(seed=1, num_instances=0)
-    panoptic_seg, segments_info = merge_panoptic(
-        instances,
-        sem_seg,
-        thing_sem_seg_ids={1, 3},
-        overlap_threshold=0.5,
-        stuff_area_limit=1,
-        score_threshold=0.5,
-    )
+    panoptic_seg, segments_info = merged(instances, sem_seg, thing_sem_seg_ids={1, 3})
     assert {s["category_id"] for s in segments_info} == {0, 2, 4}
     is_thing = (sem_seg == 1) | (sem_seg == 3)
     assert torch.equal(panoptic_seg == 0, is_thing)
@@ -106,13 +102,8 @@ def test_an_instance_that_others_hide_wholly_is_no_segment():
         instances.pred_masks, [(0, 8), (6, 16), (4, 12), (12, 20)], strict=True
     ):
         mask[:, slice(*columns)] = True
-    panoptic_seg, segments_info = merge_panoptic(
-        instances,
-        sem_seg,
-        thing_sem_seg_ids={0},
-        overlap_threshold=1.0,
-        stuff_area_limit=10_000,
-        score_threshold=0.0,
+    panoptic_seg, segments_info = merged(
+        instances, sem_seg, overlap_threshold=1.0, stuff_area_limit=10_000, score_threshold=0.0
     )
     assert [(s["id"], s["instance_id"]) for s in segments_info] == [(1, 0), (2, 1), (3, 3)]
     assert panoptic_seg[0].tolist() == [1] * 8 + [2] * 8 + [3] * 4 + [0] * 12
@@ -121,14 +112,7 @@ def test_an_instance_that_others_hide_wholly_is_no_segment():
 def test_regions_without_a_pixel_are_no_segments():
     instances, sem_seg = random_outputs(seed=2, num_instances=1)
     instances.pred_masks[:] = True
-    _, segments_info = merge_panoptic(
-        instances,
-        sem_seg,
-        thing_sem_seg_ids={0},
-        overlap_threshold=0.5,
-        stuff_area_limit=0,
-        score_threshold=0.0,
-    )
+    _, segments_info = merged(instances, sem_seg, stuff_area_limit=0, score_threshold=0.0)
     assert [s["isthing"] for s in segments_info] == [True]
 
 
