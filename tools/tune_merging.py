@@ -39,6 +39,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from panoptic_fpn_ext import UserError
+from panoptic_fpn_ext.argmax import argmax_classes
 from panoptic_fpn_ext.checkpoint import PanopticFPNCheckpointer
 from panoptic_fpn_ext.data import PanopticFPNMapper
 from panoptic_fpn_ext.data.panoptic_png import read_panoptic_png
@@ -232,7 +233,7 @@ class RawOutputs:
         logits, instances = output["sem_seg"], output["instances"].to("cpu")
         dtype = np.uint8 if len(logits) <= 256 else np.uint16
         return cls(
-            sem_seg=logits.argmax(dim=0).cpu().numpy().astype(dtype),
+            sem_seg=argmax_classes(logits).cpu().numpy().astype(dtype),
             boxes=instances.pred_boxes.tensor.numpy(),
             scores=instances.scores.numpy(),
             classes=instances.pred_classes.numpy(),

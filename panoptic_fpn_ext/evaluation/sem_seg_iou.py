@@ -11,6 +11,7 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
+from ..argmax import argmax_classes
 from ..data.targets import sem_seg_from_panoptic
 from ..errors import UserError
 from .common import check_size, gather, pipe_table
@@ -164,8 +165,7 @@ class SemSegIoUEvaluator(DatasetEvaluator):
                 f"the prediction for {record['file_name']} has {logits.shape[0]} semantic classes, "
                 f"but the dataset has {len(self._class_names)}; set MODEL.SEM_SEG_HEAD.NUM_CLASSES"
             )
-        # max gives what argmax does, several times faster on a CPU; uint8 for a small transfer.
-        return logits.max(dim=0).indices.byte().cpu().numpy()
+        return argmax_classes(logits).byte().cpu().numpy()  # uint8 for a small transfer
 
     def _log(self, result: Mapping[str, float]) -> None:
         metrics = ("mIoU", "fwIoU", "mACC", "pACC")

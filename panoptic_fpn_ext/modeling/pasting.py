@@ -34,6 +34,7 @@ class PastedMasks:
         first = torch.minimum((boxes[:, :2].floor() - 1).clamp(min=0), edge)
         last = torch.minimum(boxes[:, 2:].ceil() + 1, edge).maximum(first)
         self._windows = torch.cat([first, last], dim=1).int().tolist()
+        self._dense: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.probabilities)
@@ -41,23 +42,30 @@ class PastedMasks:
     def window(self, index: int) -> tuple[tuple[slice, slice], torch.Tensor]:
         """Where a mask is, as slices of rows and columns, and the (h, w) bool mask there."""
         x0, y0, x1, y1 = self._windows[index]
+        where = slice(y0, y1), slice(x0, x1)
+        if self._dense is not None:
+            return where, self._dense[index][where]
         mask, box = self.probabilities[index], self.boxes[index]
         rows = _sampling_matrix(y0, y1, box[1], box[3], mask.shape[0])
         columns = _sampling_matrix(x0, x1, box[0], box[2], mask.shape[1])
         values = torch.linalg.multi_dot([rows, mask, columns.t()])
-        return (slice(y0, y1), slice(x0, x1)), values >= self.threshold
+        return where, values >= self.threshold
 
     def dense(self) -> torch.Tensor:
-        """All masks over the whole image, (N, height, width) bool."""
-        if self.boxes.is_cuda:  # a few large kernels there instead of many small ones
-            return paste_masks_in_image(
+        """All masks over the whole image, (N, height, width) bool. They are kept: from then on
+        windows are parts of them."""
+        if self._dense is None and self.boxes.is_cuda:
+            # A few large kernels there instead of many small ones.
+            self._dense = paste_masks_in_image(
                 self.probabilities, self.boxes, self.size, self.threshold
             ).bool()
-        masks = torch.zeros(len(self), *self.size, dtype=torch.bool)
-        for index, mask in enumerate(masks):
-            where, inside = self.window(index)
-            mask[where] = inside
-        return masks
+        elif self._dense is None:
+            masks = torch.zeros(len(self), *self.size, dtype=torch.bool)
+            for index, mask in enumerate(masks):
+                where, inside = self.window(index)
+                mask[where] = inside
+            self._dense = masks
+        return self._dense
 
 
 def _sampling_matrix(

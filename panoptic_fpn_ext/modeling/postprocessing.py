@@ -96,14 +96,14 @@ class PanopticPostprocessor:
         # Resizing and pasting are matrix products, but no place for half precision.
         with torch.autocast(device.type, enabled=False):
             if "sem_seg" in self.outputs:
-                result["sem_seg"] = upsampled(sem_seg, **sizes)
+                result["sem_seg"], labels = upsampled(sem_seg, **sizes)
+            elif "panoptic_seg" in self.outputs:
+                labels = upsampled_labels(sem_seg, **sizes)
             if instances is not None:
                 instances = _rescaled(instances, size)
+                if "instances" in self.outputs and instances.has("pred_masks"):
+                    instances.pred_masks.dense()  # merging takes its parts from there
             if "panoptic_seg" in self.outputs:
-                if "sem_seg" in self.outputs:
-                    labels = result["sem_seg"].argmax(dim=0)
-                else:
-                    labels = upsampled_labels(sem_seg, **sizes)
                 result["panoptic_seg"] = merge_panoptic(instances, labels, **self.merging)
             if "instances" in self.outputs:
                 if instances.has("pred_masks"):

@@ -11,10 +11,13 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from detectron2.modeling.postprocessing import sem_seg_postprocess
 from torch.nn import functional as F
 
+from ..argmax import argmax_classes
+
 BLOCK = 16  # rows or columns of the output computed at once
-BAND = 2**24  # values held that are upsampled along the rows only
+BAND = 2**22  # values held that are upsampled along the rows only
 
 
 class _Block(NamedTuple):
@@ -25,10 +28,11 @@ class _Block(NamedTuple):
     weights: torch.Tensor  # (outputs, inputs)
 
 
+@torch.no_grad()
 def upsampled_labels(
     logits: torch.Tensor, *, stride: int, image_size: tuple[int, int], size: tuple[int, int]
 ) -> torch.Tensor:
-    """The class of each pixel: ``upsampled(...).argmax(0)`` with memory for a few rows only.
+    """The class of each pixel, with memory for a few rows of logits only.
 
     Args:
         logits: (C, h, w), float.
@@ -41,51 +45,68 @@ def upsampled_labels(
     """
     labels = torch.empty(size, dtype=torch.int64, device=logits.device)
     for rows, block in _row_blocks(logits, stride, image_size, size):
-        labels[rows] = block.max(dim=-1).indices
+        labels[rows] = argmax_classes(block)
     return labels
 
 
 def upsampled(
     logits: torch.Tensor, *, stride: int, image_size: tuple[int, int], size: tuple[int, int]
-) -> torch.Tensor:
-    """Logits at the size of the original image, as Detectron2's head and postprocessing give them.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits at the size of the original image, as Detectron2's head and postprocessing give them,
+    and the class of each pixel.
 
     Args:
         logits, stride, image_size, size: see :func:`upsampled_labels`.
 
     Returns:
-        (C, height, width) logits.
+        (C, height, width) logits and (height, width) int64 classes.
     """
+    if logits.requires_grad and torch.is_grad_enabled():  # blocks are computed in place
+        full = F.interpolate(
+            logits[None], scale_factor=stride, mode="bilinear", align_corners=False
+        )
+        result = sem_seg_postprocess(full[0], image_size, *size)
+        return result, argmax_classes(result.detach())
     result = logits.new_empty(len(logits), *size)
+    labels = torch.empty(size, dtype=torch.int64, device=logits.device)
     for rows, block in _row_blocks(logits, stride, image_size, size):
-        result[:, rows] = block.permute(2, 0, 1)
-    return result
+        result[:, rows] = block
+        labels[rows] = argmax_classes(block)
+    return result, labels
 
 
 def _row_blocks(
     logits: torch.Tensor, stride: int, image_size: tuple[int, int], size: tuple[int, int]
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Blocks (rows, width, C) of the upsampled logits, from top to bottom."""
+    """Blocks (C, rows, width) of the upsampled logits, from top to bottom, each valid until the
+    next."""
     height, width = size
     num_classes, num_rows, num_columns = logits.shape
     where = logits.device, logits.dtype
+    row_blocks = _blocks(num_rows, stride, image_size[0], height, *where)
     column_blocks = _blocks(num_columns, stride, image_size[1], width, *where)
-    columns = logits.new_empty(0)
+    most = max(block.input.stop - block.input.start for block in row_blocks)
+    most = min(num_rows, max(most, BAND // (width * num_classes)))
+    # Memory is taken once: the system is slow to give it.
+    columns_buffer = logits.new_empty(num_classes * most, width)
+    rows_buffer = logits.new_empty(num_classes, min(BLOCK, height), width)
     first = last = 0  # rows of the logits that `columns` holds
-    for block in _blocks(num_rows, stride, image_size[0], height, *where):
+    for block in row_blocks:
         if block.input.stop > last:
-            del columns  # before the next are made
             first = block.input.start
-            last = max(block.input.stop, min(num_rows, first + BAND // (width * num_classes)))
-            by_pixel = logits[:, first:last].permute(1, 2, 0).contiguous()  # classes side by side
-            columns = logits.new_empty(last - first, width, num_classes)
-            for column_block in column_blocks:
-                columns[:, column_block.output] = (
-                    column_block.weights @ by_pixel[:, column_block.input]
+            last = min(num_rows, first + most)
+            band = logits[:, first:last].flatten(0, 1)
+            columns = columns_buffer[: len(band)]
+            for columns_block in column_blocks:
+                torch.mm(
+                    band[:, columns_block.input],
+                    columns_block.weights.t(),
+                    out=columns[:, columns_block.output],
                 )
-            columns = columns.flatten(1)
-        rows = block.weights @ columns[block.input.start - first : block.input.stop - first]
-        yield block.output, rows.view(-1, width, num_classes)
+            columns = columns.view(num_classes, last - first, width)
+        rows = rows_buffer[:, : len(block.weights)]
+        inputs = columns[:, block.input.start - first : block.input.stop - first]
+        yield block.output, torch.bmm(block.weights.expand(num_classes, -1, -1), inputs, out=rows)
 
 
 @functools.lru_cache(maxsize=16)

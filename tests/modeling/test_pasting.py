@@ -32,14 +32,16 @@ def test_equals_detectron2(seed, count, height, width, resolution):
     # Rounding may turn a pixel that is at the threshold.
     values = paste_masks_in_image(probabilities, boxes, (height, width), threshold=-1)
     certain = (values.int() - 127).abs() > 1
+    windows = [pasted.window(index) for index in range(count)]
     assert pasted.dense().shape == (count, height, width)
     assert torch.equal(pasted.dense()[certain], expected[certain])
-    for index in range(count):
-        where, mask = pasted.window(index)
+    for index, (where, mask) in enumerate(windows):
         outside = pasted.dense()[index].clone()
         outside[where] = False
         assert torch.equal(mask, pasted.dense()[index][where])
         assert not outside.any()
+        assert pasted.window(index)[0] == where
+        assert torch.equal(pasted.window(index)[1], mask)
 
 
 def test_boxes_outside_the_image_have_no_pixels():

@@ -31,9 +31,9 @@ def test_equals_detectron2(seed, grid, stride, padding, size):
     full = F.interpolate(logits[None], scale_factor=stride, mode="bilinear", align_corners=False)
     expected = sem_seg_postprocess(full[0], image_size, *size)
     arguments = {"stride": stride, "image_size": image_size, "size": size}
-    assert_close(upsampled(logits, **arguments), expected, atol=1e-5, rtol=1e-5)
-
-    labels = upsampled_labels(logits, **arguments)
+    found, labels = upsampled(logits, **arguments)
+    assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(labels, upsampled_labels(logits, **arguments))
     top = expected.topk(2, dim=0).values
     certain = top[0] - top[1] > 1e-4  # rounding may turn a tie
     assert torch.equal(labels[certain], expected.argmax(dim=0)[certain])
@@ -67,9 +67,10 @@ def test_gradients_after_inference_mode():
     arguments = {"stride": 4, "image_size": (27, 31), "size": (50, 23)}
     logits = torch.randn(5, 7, 8, requires_grad=True)
     with torch.inference_mode():
-        expected = upsampled(logits, **arguments)
-    found = upsampled(logits, **arguments)
-    assert torch.equal(found, expected)
+        expected, labels = upsampled(logits, **arguments)
+    found, found_labels = upsampled(logits, **arguments)
+    assert_close(found, expected)
+    assert torch.equal(found_labels, labels)
     (gradient,) = torch.autograd.grad(found.sum(), logits)
     assert_close(gradient.sum(), torch.tensor(5.0 * 50 * 23))
 

@@ -1,0 +1,37 @@
+"""The class of each pixel."""
+
+import torch
+
+STRIP = 2**20  # logits looked at at once: they stay in the processor's cache
+
+
+def argmax_classes(logits: torch.Tensor) -> torch.Tensor:
+    """``logits.argmax(dim=0)``, the first of equals, several times as fast on CPUs in float32.
+
+    PyTorch finds a maximum there with vector instructions, but not where it is. So each class gets
+    a number, infinity is taken from all but the greatest logit, and the greatest number is found.
+    Logits closer than 1e-36 count as equal.
+
+    Args:
+        logits: (C, H, W), float.
+
+    Returns:
+        (H, W) int64.
+    """
+    if logits.device.type != "cpu" or logits.dtype != torch.float32:
+        return logits.max(dim=0).indices
+    num_classes, height, width = logits.shape
+    numbers = torch.arange(num_classes, 0, -1.0)[:, None, None]
+    rows = max(1, STRIP // max(1, num_classes * width))
+    classes = torch.empty(height, width, dtype=torch.int64)
+    spare = torch.empty(num_classes, min(rows, height), width)
+    for start in range(0, height, rows):
+        strip = logits[:, start : start + rows]
+        best = strip.amax(dim=0)
+        if not best.isfinite().all():
+            classes[start : start + rows] = strip.max(dim=0).indices
+            continue
+        below = torch.sub(strip, best, out=spare[:, : strip.shape[1]])
+        number = torch.add(numbers, below, alpha=3e38, out=below).amax(dim=0)
+        classes[start : start + rows] = num_classes - number.long()
+    return classes
