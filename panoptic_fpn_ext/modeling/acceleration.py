@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, ROIAlign
+from detectron2.modeling.proposal_generator import StandardRPNHead
 from detectron2.modeling.roi_heads import MaskRCNNConvUpsampleHead
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -25,11 +26,12 @@ MAX_MASKS = 32
 
 
 def accelerate(model: nn.Module, *, fold_frozen_batch_norm: bool, winograd: bool) -> None:
-    """Make convolutions, Detectron2's mask heads and RoIAlign in ``model`` faster ones, in place.
+    """Make convolutions, RoIAlign and Detectron2's mask and RPN heads faster or leaner, in place.
 
     Names, shapes and values of parameters and buffers stay.
 
     Args:
+        model: where to look for them.
         fold_frozen_batch_norm: see :class:`FastConv2d`.
         winograd: see :class:`FastConv2d`.
     """
@@ -43,6 +45,8 @@ def accelerate(model: nn.Module, *, fold_frozen_batch_norm: bool, winograd: bool
             module.winograd = winograd
         elif type(module) is MaskRCNNConvUpsampleHead:
             module.__class__ = LeanMaskHead
+        elif type(module) is StandardRPNHead:
+            module.__class__ = LeanRPNHead
         elif type(module) is ROIAlign:
             module.__class__ = ParallelROIAlign
 
@@ -100,6 +104,34 @@ class LeanMaskHead(MaskRCNNConvUpsampleHead):
         if self.training:
             return super().layers(x)
         return torch.cat([super(LeanMaskHead, self).layers(some) for some in x.split(MAX_MASKS)])
+
+
+class LeanRPNHead(StandardRPNHead):
+    """Detectron2's, which in inference on CPUs has the hidden features of a large level in memory
+    some rows at a time."""
+
+    def forward(
+        self, features: list[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Objectness logits and anchor deltas of each level."""
+        if torch.is_grad_enabled() or not all(map(is_planar_faster, features)):
+            return super().forward(features)
+        objectness, deltas = zip(*map(self._predictions, features), strict=True)
+        return list(objectness), list(deltas)
+
+    def _predictions(self, feature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        height, width = feature.shape[-2:]
+        rows = height
+        if height * width > WINOGRAD_MAX_PIXELS:
+            rows = max(1, WINOGRAD_STRIP_PIXELS // width)
+        margin = sum(isinstance(module, nn.Conv2d) for module in self.conv.modules())
+        strips = []
+        for start in range(0, height, rows):
+            stop, first = start + rows, max(start - margin, 0)
+            predictions = super().forward([feature[:, :, first : stop + margin]])
+            strips.append([p[0][:, :, start - first : stop - first] for p in predictions])
+        objectness, deltas = (torch.cat(parts, dim=2) for parts in zip(*strips, strict=True))
+        return objectness, deltas
 
 
 class ParallelROIAlign(ROIAlign):

@@ -1,6 +1,5 @@
 """The semantic branch (paper, section 3.1 and figure 3)."""
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -115,17 +114,16 @@ class SemanticFPNHead(nn.Module):
             levels = [getattr(self, name)(features[name]) for name in self.in_features]
             return self.predictor(torch.cat(levels, dim=1))
         # Upsampling is linear: the levels that end with it are summed first and go through it once.
-        final, earlier = [], []
+        final = earlier = None
         for name in self.in_features:
             stages = getattr(self, name)
             if isinstance(stages[-1], nn.Upsample):
-                earlier.append(stages[:-1](features[name]))
+                earlier = _add(earlier, stages[:-1](features[name]))
             else:
-                final.append(stages(features[name]))
-        if earlier:
-            upsample = getattr(self, self.in_features[-1])[-1]
-            final.append(upsample(functools.reduce(_add, earlier)))
-        return self.predictor(functools.reduce(_add, final))
+                final = _add(final, stages(features[name]))
+        if earlier is not None:
+            final = _add(final, getattr(self, self.in_features[-1])[-1](earlier))
+        return self.predictor(final)
 
     def upsample(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits of :meth:`layers`, brought to the size of the image."""
@@ -146,9 +144,11 @@ class SemanticFPNHead(nn.Module):
         return {"loss_sem_seg": loss * self.loss_weight}
 
 
-def _add(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """The sum; in inference in the place of ``x``, which nothing else needs."""
-    return x + y if x.requires_grad else x.add_(y)
+def _add(total: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    """The sum; in inference in the place of ``total``, which nothing else needs."""
+    if total is None:
+        return x
+    return total + x if total.requires_grad else total.add_(x)
 
 
 def _level(

@@ -6,12 +6,14 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, ROIAlign, ShapeSpec
+from detectron2.modeling.proposal_generator import StandardRPNHead
 from detectron2.modeling.roi_heads import MaskRCNNConvUpsampleHead
 from hypothesis import assume, example, given, settings
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from panoptic_fpn_ext.modeling import acceleration
 from panoptic_fpn_ext.modeling.acceleration import accelerate, convolve
 
 
@@ -171,6 +173,21 @@ def test_roi_align_is_equal(number, monkeypatch):
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
             assert torch.equal(parallel[0](x, rois), align(x, rois))
+
+
+@pytest.mark.parametrize("conv_dims", [[-1], [-1, 12, 16]])
+@pytest.mark.parametrize("height", [1, 8, 9, 41])
+def test_proposals_of_strips_are_equal(monkeypatch, conv_dims, height):
+    monkeypatch.setattr(acceleration, "WINOGRAD_MAX_PIXELS", 60)
+    monkeypatch.setattr(acceleration, "WINOGRAD_STRIP_PIXELS", 32)
+    head = StandardRPNHead(in_channels=16, num_anchors=3, conv_dims=conv_dims)
+    randomize(head)
+    lean = nn.Sequential(copy.deepcopy(head))
+    accelerate(lean, fold_frozen_batch_norm=False, winograd=True)
+    features = [torch.randn(2, 16, height, 8), torch.randn(2, 16, 3, 5)]
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert_close(lean[0](features), head(features), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.skipif(not torch.backends.nnpack.is_available(), reason="PyTorch without NNPACK")
