@@ -6,10 +6,12 @@
     python tools/benchmark.py inference --growth --rounds 3
     python tools/benchmark.py training --images 2
     python tools/benchmark.py evaluation --sizes 1024x2048
+    python tools/benchmark.py eval-only --config-file configs/quickstart.yaml \\
+        --opts MODEL.WEIGHTS output/quickstart/model_final.pth
 
 Both run by turns (A B A B ...), after a turn that is not counted, in one process, with the same
-weights and inputs. Nothing is downloaded: weights are random, and what they would not find is
-planted. Exit status 1 where the answers differ.
+weights and inputs. Nothing is downloaded: but for eval-only weights are random, and what they
+would not find is planted. Exit status 1 where the answers differ.
 
 docs/PERFORMANCE.md has figures and says what the rows are.
 """
@@ -22,15 +24,22 @@ from pathlib import Path
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler tells of every start and stop
 
 import torch
+from benchmark_eval_only import eval_only
 from benchmark_evaluation import evaluation
 from benchmark_frame import Comparison, Peer, environment, report, use_cores
 from benchmark_inference import DETECTIONS, DTYPES, OUTPUT_CHOICES, inference
 from benchmark_models import DEPTHS, SETTINGS, Setting
 from benchmark_training import training
 
+from panoptic_fpn_ext import UserError
+
 
 def run_evaluation(args: argparse.Namespace) -> tuple[list[Comparison], list[Peer]]:
     return evaluation(args), []
+
+
+def run_eval_only(args: argparse.Namespace) -> tuple[list[Comparison], list[Peer]]:
+    return eval_only(args), []
 
 
 def run_training(args: argparse.Namespace) -> tuple[list[Comparison], list[Peer]]:
@@ -153,6 +162,22 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--images", type=positive, default=6, help="of each size; default: 6")
     command.set_defaults(run=run_evaluation, device=torch.device("cpu"), threads=1)
+
+    command = subcommands.add_parser(
+        "eval-only",
+        parents=[common],
+        help="a trained model on its dataset, from files to scores: PQ, mIoU and AP",
+    )
+    command.add_argument("--config-file", required=True, metavar="FILE")
+    command.add_argument("--threads", type=positive, help="default: all cores")
+    command.add_argument(
+        "--opts",
+        nargs="+",
+        default=[],
+        metavar="KEY VALUE",
+        help="config keys and their values, of both models; MODEL.WEIGHTS is needed",
+    )
+    command.set_defaults(run=run_eval_only, device=torch.device("cpu"))
     return parser
 
 
@@ -168,4 +193,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"benchmark.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

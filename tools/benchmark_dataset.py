@@ -49,8 +49,7 @@ def make_dataset(
     Returns:
         Predictions for its images, which are right in part.
     """
-    for subfolder in ("panoptic", "sem_seg"):
-        (folder / subfolder).mkdir()
+    (folder / "panoptic").mkdir()
     categories = [
         {"id": 10 + i, "name": f"category {i}", "isthing": int(i < NUM_THINGS)}
         for i in range(NUM_THINGS + NUM_STUFF)
@@ -81,16 +80,29 @@ def make_dataset(
                 ],
             }
         )
-    panoptic_json, json_file = folder / "panoptic.json", folder / "instances.json"
+    panoptic_json = folder / "panoptic.json"
     panoptic_json.write_text(
         json.dumps({"images": images, "annotations": annotations, "categories": categories})
     )
-    register_panoptic_dataset(name, folder, folder / "panoptic", panoptic_json)
+    original = f"{name} as it is"
+    register_panoptic_dataset(original, folder, folder / "panoptic", panoptic_json)
+    convert_for_detectron2(original, name, folder)
+    DatasetCatalog.remove(original)
+    MetadataCatalog.remove(original)
+    return [make_prediction(rng, *scene) for scene in scenes]
+
+
+def convert_for_detectron2(name: str, new_name: str, folder: Path) -> list[dict[str, Any]]:
+    """Register a dataset once more, with what Detectron2's evaluators want of it in a folder.
+
+    Returns:
+        Its records.
+    """
     metadata = MetadataCatalog.get(name)
+    json_file = folder / "instances.json"
     json_file.write_text(json.dumps(instances_json(name)))
-    # Before the dataset has the JSON, which is the evaluators': training reads the panoptic PNG.
+    (folder / "sem_seg").mkdir()
     records = DatasetCatalog.get(name)
-    metadata.set(json_file=str(json_file))
     for record in records:
         path = folder / "sem_seg" / f"{record['image_id']}.png"
         labels = sem_seg_from_panoptic(
@@ -101,9 +113,11 @@ def make_dataset(
         )
         Image.fromarray(labels).save(path)
         record["sem_seg_file_name"] = str(path)
-    DatasetCatalog.remove(name)
-    DatasetCatalog.register(name, lambda: records)
-    return [make_prediction(rng, *scene) for scene in scenes]
+    DatasetCatalog.register(new_name, lambda: records)
+    MetadataCatalog.get(new_name).set(
+        **{**metadata.as_dict(), "name": new_name, "json_file": str(json_file)}
+    )
+    return records
 
 
 def compare_targets(size: tuple[int, int], num_images: int, rounds: int) -> list[Comparison]:

@@ -9,7 +9,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ def evaluate(
     outputs: Iterable[dict],
 ) -> dict[str, float]:
     """The results of an evaluator, flat."""
-    with contextlib.redirect_stdout(io.StringIO()), np.errstate(invalid="ignore"):
+    with quiet():
         evaluator = build(dataset_name)
         evaluator.reset()
         for record, output in zip(records, outputs, strict=True):
@@ -117,6 +117,13 @@ def evaluate(
             evaluator.process([record], [output])
         results = evaluator.evaluate()
     return {f"{task}/{key}": value for task in results for key, value in results[task].items()}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what evaluators print and NumPy warns of."""
+    with contextlib.redirect_stdout(io.StringIO()), np.errstate(invalid="ignore"):
+        yield
 
 
 class PanopticAPIEvaluator(DatasetEvaluator):

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -11,12 +12,14 @@ from detectron2.modeling.roi_heads import MaskRCNNConvUpsampleHead
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.modules.utils import _pair
 
 # From where on each way of convolving beats oneDNN's (measured on x86-64).
 WINOGRAD_MIN_CHANNELS = 64
 WINOGRAD_MIN_PIXELS = 2048
 WINOGRAD_MIN_BATCH = 32
 MATMUL_MIN_PIXELS = 2048
+ROI_ALIGN_MIN_WORK = 2**19  # values; from there on threads are worth their start
 
 # What bounds memory: so many pixels at once for NNPACK, which keeps its workspace, and of what has
 # more, strips of so many; so many masks.
@@ -114,24 +117,22 @@ class LeanRPNHead(StandardRPNHead):
         self, features: list[torch.Tensor]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Objectness logits and anchor deltas of each level."""
-        if torch.is_grad_enabled() or not all(map(is_planar_faster, features)):
-            return super().forward(features)
-        objectness, deltas = zip(*map(self._predictions, features), strict=True)
-        return list(objectness), list(deltas)
+        predictions = [self._predictions(feature) for feature in features]
+        return [objectness for objectness, _ in predictions], [deltas for _, deltas in predictions]
 
-    def _predictions(self, feature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _predictions(self, feature: torch.Tensor) -> Sequence[torch.Tensor]:
         height, width = feature.shape[-2:]
-        rows = height
-        if height * width > WINOGRAD_MAX_PIXELS:
-            rows = max(1, WINOGRAD_STRIP_PIXELS // width)
+        is_small = height * width <= WINOGRAD_MAX_PIXELS
+        if is_small or torch.is_grad_enabled() or not is_planar_faster(feature):
+            return [predictions[0] for predictions in super().forward([feature])]
+        rows = max(1, WINOGRAD_STRIP_PIXELS // width)
         margin = sum(isinstance(module, nn.Conv2d) for module in self.conv.modules())
         strips = []
         for start in range(0, height, rows):
             stop, first = start + rows, max(start - margin, 0)
             predictions = super().forward([feature[:, :, first : stop + margin]])
             strips.append([p[0][:, :, start - first : stop - first] for p in predictions])
-        objectness, deltas = (torch.cat(parts, dim=2) for parts in zip(*strips, strict=True))
-        return objectness, deltas
+        return [torch.cat(parts, dim=2) for parts in zip(*strips, strict=True)]
 
 
 class ParallelROIAlign(ROIAlign):
@@ -141,7 +142,8 @@ class ParallelROIAlign(ROIAlign):
         """(N, C, H, W) features and (K, 5) boxes, after the index of each's image, to
         (K, C, *output_size)."""
         number = torch.get_num_threads()
-        if torch.is_grad_enabled() or not _is_plain(input) or len(rois) < 2 * number:
+        work = len(rois) * input.shape[1] * math.prod(_pair(self.output_size))
+        if torch.is_grad_enabled() or not _is_plain(input) or work < ROI_ALIGN_MIN_WORK:
             return super().forward(input, rois)
         plain = super().forward
 

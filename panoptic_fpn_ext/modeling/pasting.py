@@ -34,6 +34,8 @@ class PastedMasks:
         first = torch.minimum((boxes[:, :2].floor() - 1).clamp(min=0), edge)
         last = torch.minimum(boxes[:, 2:].ceil() + 1, edge).maximum(first)
         self._windows = torch.cat([first, last], dim=1).int().tolist()
+        self._box_list = boxes.tolist()
+        self._values = torch.arange(float(probabilities.shape[-1]), device=boxes.device)
         self._dense: torch.Tensor | None = None
 
     def __len__(self) -> int:
@@ -45,11 +47,10 @@ class PastedMasks:
         where = slice(y0, y1), slice(x0, x1)
         if self._dense is not None:
             return where, self._dense[index][where]
-        mask, box = self.probabilities[index], self.boxes[index]
-        rows = _sampling_matrix(y0, y1, box[1], box[3], mask.shape[0])
-        columns = _sampling_matrix(x0, x1, box[0], box[2], mask.shape[1])
-        values = torch.linalg.multi_dot([rows, mask, columns.t()])
-        return where, values >= self.threshold
+        mask, box = self.probabilities[index], self._box_list[index]
+        rows = self._sampling_matrix(y0, y1, box[1], box[3])
+        columns = self._sampling_matrix(x0, x1, box[0], box[2])
+        return where, rows @ mask @ columns.t() >= self.threshold
 
     def dense(self) -> torch.Tensor:
         """All masks over the whole image, (N, height, width) bool. They are kept: from then on
@@ -67,12 +68,9 @@ class PastedMasks:
             self._dense = masks
         return self._dense
 
-
-def _sampling_matrix(
-    first: int, last: int, start: torch.Tensor, end: torch.Tensor, num_values: int
-) -> torch.Tensor:
-    """Bilinear weights (last - first, num_values) of the values of a box for a range of pixels."""
-    pixels = torch.arange(first, last, device=start.device, dtype=torch.float32) + 0.5
-    position = (pixels - start) / (end - start) * num_values - 0.5
-    values = torch.arange(num_values, device=start.device)
-    return (1 - (position[:, None] - values).abs()).clamp_(min=0)
+    def _sampling_matrix(self, first: int, last: int, start: float, end: float) -> torch.Tensor:
+        """Bilinear weights (last - first, M) of the values of a box for a range of pixels."""
+        scale = len(self._values) / ((end - start) or 1e-30)
+        pixels = torch.arange(first, last, device=self._values.device, dtype=torch.float32)
+        position = pixels.mul_(scale).add_((0.5 - start) * scale - 0.5)
+        return (1 - (position[:, None] - self._values).abs_()).clamp_(min=0)

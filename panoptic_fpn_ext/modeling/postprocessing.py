@@ -114,7 +114,7 @@ class PanopticPostprocessor:
 
 def _rescaled(instances: Instances, size: tuple[int, int]) -> Instances:
     """Instances at the size of the original image, masks as :class:`PastedMasks`."""
-    fields = instances.get_fields()
+    fields = dict(instances.get_fields())
     # Under another name, detector_postprocess selects the masks but does not paste them.
     masks = fields.pop("pred_masks", None)
     if masks is not None:

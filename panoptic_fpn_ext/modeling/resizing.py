@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from ..argmax import argmax_classes
 
-BLOCK = 16  # rows or columns of the output computed at once
+BLOCK = 16  # rows or columns of the output computed at once, or more, up to
+BLOCK_VALUES = 2**18  # values
 BAND = 2**22  # values held that are upsampled along the rows only
 
 
@@ -83,13 +84,14 @@ def _row_blocks(
     height, width = size
     num_classes, num_rows, num_columns = logits.shape
     where = logits.device, logits.dtype
-    row_blocks = _blocks(num_rows, stride, image_size[0], height, *where)
-    column_blocks = _blocks(num_columns, stride, image_size[1], width, *where)
+    block_size = max(BLOCK, BLOCK_VALUES // (width * num_classes))
+    row_blocks = _blocks(num_rows, stride, image_size[0], height, block_size, *where)
+    column_blocks = _blocks(num_columns, stride, image_size[1], width, block_size, *where)
     most = max(block.input.stop - block.input.start for block in row_blocks)
     most = min(num_rows, max(most, BAND // (width * num_classes)))
     # Memory is taken once: the system is slow to give it.
     columns_buffer = logits.new_empty(num_classes * most, width)
-    rows_buffer = logits.new_empty(num_classes, min(BLOCK, height), width)
+    rows_buffer = logits.new_empty(num_classes, min(block_size, height), width)
     first = last = 0  # rows of the logits that `columns` holds
     for block in row_blocks:
         if block.input.stop > last:
@@ -116,6 +118,7 @@ def _blocks(
     stride: int,
     image_size: int,
     num_outputs: int,
+    block_size: int,
     device: torch.device,
     dtype: torch.dtype,
 ) -> list[_Block]:
@@ -125,8 +128,8 @@ def _blocks(
     matrix = _interpolate(matrix, num_inputs * stride)[:, :, :image_size]
     matrix = _interpolate(matrix, num_outputs)[0].t()
     blocks = []
-    for first in range(0, num_outputs, BLOCK):
-        weights = matrix[first : first + BLOCK]
+    for first in range(0, num_outputs, block_size):
+        weights = matrix[first : first + block_size]
         used = weights.any(dim=0).nonzero()
         inputs = slice(int(used[0]), int(used[-1]) + 1)
         weights = weights[:, inputs].to(device, dtype).contiguous()
@@ -168,8 +171,8 @@ class _UpsampledCrossEntropy(torch.autograd.Function):
         height, width = targets.shape[1:]
         _, num_classes, num_rows, num_columns = logits.shape
         where = logits.device, torch.float32
-        row_blocks = _blocks(num_rows, stride, height, height, *where)
-        column_blocks = _blocks(num_columns, stride, width, width, *where)
+        row_blocks = _blocks(num_rows, stride, height, height, BLOCK, *where)
+        column_blocks = _blocks(num_columns, stride, width, width, BLOCK, *where)
         by_pixel = logits.detach().float().permute(0, 2, 3, 1).contiguous()
         gradient = torch.zeros_like(by_pixel)
         counted = targets != ignore_value

@@ -49,6 +49,24 @@ def test_evaluation_compares_and_checks(tmp_path):
     assert {c["size"] for c in comparisons} == {"96x128"}
 
 
+def test_eval_only_gives_the_scores_of_detectron2(trained, tmp_path):
+    path = tmp_path / "figures.json"
+    weights = trained / "model_final.pth"
+    config = ["--config-file", trained / "config.yaml"]
+    run = benchmark(
+        *("eval-only", *config, "--threads", 1, "--rounds", 1, "--json", path),
+        *("--opts", "MODEL.WEIGHTS", weights),
+    )
+    (row,) = figures(run, path)["comparisons"]
+    assert (row["what"], row["size"]) == ("eval-only", "shapes_val, 6 images")
+    compared = {"panoptic_seg/PQ", "panoptic_seg/PQ_th", "sem_seg/mIoU", "bbox/AP", "segm/AP"}
+    assert {f"{score}_difference" for score in compared} <= row["agreement"].keys()
+
+    run = benchmark("eval-only", *config)
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+    assert "--eval-only needs weights" in run.stderr
+
+
 @pytest.mark.slow
 def test_inference_compares_and_checks(tmp_path):
     path = tmp_path / "figures.json"
