@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -69,7 +70,7 @@ def compare(
         MetadataCatalog.remove(converted)
     found, expected = (scores for _, scores in first)
     differences = {
-        f"{key}_difference": float(abs(found[key] - expected[key]))
+        f"{key}_difference": difference(found[key], expected[key])
         for key in found.keys() & expected.keys()
         if key.split("/")[-1] in SCORES
     }
@@ -82,6 +83,11 @@ def compare(
         same_answer=bool(differences) and max(differences.values()) <= TOLERANCE,
         agreement=differences,
     )
+
+
+def difference(a: float, b: float) -> float:
+    """Of two scores; no score is like another such."""
+    return 0.0 if math.isnan(a) and math.isnan(b) else abs(float(a) - float(b))
 
 
 def timed(

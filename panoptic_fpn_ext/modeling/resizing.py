@@ -16,9 +16,11 @@ from torch.nn import functional as F
 
 from ..argmax import argmax_classes
 
-BLOCK = 16  # rows or columns of the output computed at once, or more, up to
-BLOCK_VALUES = 2**18  # values
-BAND = 2**22  # values held that are upsampled along the rows only
+BLOCK = 16  # rows or columns of the output computed at once, at least
+# Values in a block, as far as its size is free, and values held that are upsampled along the rows
+# only: what CPUs have cache for; on GPUs few launches count more.
+CPU_VALUES = 2**18, 2**22
+GPU_VALUES = 2**23, 2**24
 
 
 class _Block(NamedTuple):
@@ -84,11 +86,12 @@ def _row_blocks(
     height, width = size
     num_classes, num_rows, num_columns = logits.shape
     where = logits.device, logits.dtype
-    block_size = max(BLOCK, BLOCK_VALUES // (width * num_classes))
+    block_values, band_values = CPU_VALUES if logits.device.type == "cpu" else GPU_VALUES
+    block_size = max(BLOCK, block_values // (width * num_classes))
     row_blocks = _blocks(num_rows, stride, image_size[0], height, block_size, *where)
     column_blocks = _blocks(num_columns, stride, image_size[1], width, block_size, *where)
     most = max(block.input.stop - block.input.start for block in row_blocks)
-    most = min(num_rows, max(most, BAND // (width * num_classes)))
+    most = min(num_rows, max(most, band_values // (width * num_classes)))
     # Memory is taken once: the system is slow to give it.
     columns_buffer = logits.new_empty(num_classes * most, width)
     rows_buffer = logits.new_empty(num_classes, min(block_size, height), width)

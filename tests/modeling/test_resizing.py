@@ -1,5 +1,7 @@
 """Resizing in one pass against Detectron2's two steps at full resolution."""
 
+from unittest import mock
+
 import pytest
 import torch
 from detectron2.modeling.postprocessing import sem_seg_postprocess
@@ -10,6 +12,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from panoptic_fpn_ext.modeling import resizing
 from panoptic_fpn_ext.modeling.resizing import (
     upsampled,
     upsampled_cross_entropy,
@@ -24,16 +27,18 @@ from panoptic_fpn_ext.modeling.resizing import (
     stride=st.sampled_from([1, 4, 8]),
     padding=st.tuples(st.integers(0, 7), st.integers(0, 7)),
     size=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    values=st.sampled_from([(1, 1), (5000, 2000), resizing.CPU_VALUES]),
 )
-def test_equals_detectron2(seed, grid, stride, padding, size):
+def test_equals_detectron2(seed, grid, stride, padding, size, values):
     logits = torch.randn(5, *grid, generator=torch.Generator().manual_seed(seed))
     image_size = tuple(max(1, n * stride - p) for n, p in zip(grid, padding, strict=True))
     full = F.interpolate(logits[None], scale_factor=stride, mode="bilinear", align_corners=False)
     expected = sem_seg_postprocess(full[0], image_size, *size)
     arguments = {"stride": stride, "image_size": image_size, "size": size}
-    found, labels = upsampled(logits, **arguments)
+    with mock.patch.object(resizing, "CPU_VALUES", values):  # one block or several
+        found, labels = upsampled(logits, **arguments)
+        assert torch.equal(labels, upsampled_labels(logits, **arguments))
     assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    assert torch.equal(labels, upsampled_labels(logits, **arguments))
     top = expected.topk(2, dim=0).values
     certain = top[0] - top[1] > 1e-4  # rounding may turn a tie
     assert torch.equal(labels[certain], expected.argmax(dim=0)[certain])
