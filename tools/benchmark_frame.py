@@ -108,25 +108,32 @@ class Stages:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._on_enter: Callable[[str], None] = lambda stage: None
+        self._on_enter: Callable[[str, str | None], None] = lambda stage, part_of: None
 
-    def enter(self, stage: str) -> None:
-        self._on_enter(stage)
+    def enter(self, stage: str, *, part_of: str | None = None) -> None:
+        """
+        Args:
+            stage: the one that begins.
+            part_of: the stage that goes on meanwhile; only :meth:`time` tells its parts apart.
+        """
+        self._on_enter(stage, part_of)
 
     def time(self, run: Callable[[], T]) -> tuple[T, dict[str, float]]:
-        """What ``run`` returns, and seconds by stage; the whole of it under ``""``.
+        """What ``run`` returns, and seconds by stage, parts of which count for both; the whole of
+        it under ``""``.
 
         A GPU is waited for in the end only; until then it notes the borders of stages itself.
         """
         on_gpu = self.device.type == "cuda"
-        marks: list[tuple[str, Any]] = []
+        marks: list[tuple[set[str], Any]] = []
 
-        def mark(stage: str) -> None:
+        def mark(stage: str, part_of: str | None = None) -> None:
+            stages = {stage, part_of or stage}
             if on_gpu:
-                marks.append((stage, torch.cuda.Event(enable_timing=True)))
+                marks.append((stages, torch.cuda.Event(enable_timing=True)))
                 marks[-1][1].record()
             else:
-                marks.append((stage, time.perf_counter()))
+                marks.append((stages, time.perf_counter()))
 
         self._synchronize()
         start = time.perf_counter()
@@ -135,9 +142,10 @@ class Stages:
             mark("")
         self._synchronize()
         seconds = {"": time.perf_counter() - start}
-        for (stage, begin), (_, end) in itertools.pairwise(marks):
+        for (stages, begin), (_, end) in itertools.pairwise(marks):
             elapsed = begin.elapsed_time(end) / 1000 if on_gpu else end - begin
-            seconds[stage] = seconds.get(stage, 0.0) + elapsed
+            for stage in stages:
+                seconds[stage] = seconds.get(stage, 0.0) + elapsed
         return result, seconds
 
     def memory(self, run: Callable[[], Any]) -> list["StageMemory"]:
@@ -145,9 +153,10 @@ class Stages:
         prefix = "stage: "
         device_type = {"cpu": 0, "cuda": 1}[self.device.type]  # PyTorch's numbers
 
-        def enter(stage: str) -> None:
-            with record_function(prefix + stage):
-                pass
+        def enter(stage: str, part_of: str | None = None) -> None:
+            if part_of is None:
+                with record_function(prefix + stage):
+                    pass
 
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             with self._entering(enter):
@@ -184,7 +193,7 @@ class Stages:
         except (OSError, AttributeError):
             return None
 
-        def enter(stage: str) -> None:
+        def enter(stage: str, part_of: str | None) -> None:
             if stage == since:
                 _forget_peak()
 
@@ -193,7 +202,7 @@ class Stages:
         return _status("VmHWM") - before
 
     @contextlib.contextmanager
-    def _entering(self, on_enter: Callable[[str], None]) -> Iterator[None]:
+    def _entering(self, on_enter: Callable[[str, str | None], None]) -> Iterator[None]:
         before, self._on_enter = self._on_enter, on_enter
         try:
             yield

@@ -14,9 +14,11 @@ from benchmark_frame import MB, Comparison, Peer, StageMemory, Stages, Times, by
 from benchmark_models import (
     AFTER,
     DEPTHS,
+    MERGING,
     NETWORK,
     PREPROCESS,
     SETTINGS,
+    UPSAMPLING,
     Batch,
     Scene,
     Setting,
@@ -154,6 +156,7 @@ def compare(
 
         if place == 1:
             rows += [row(stage) for stage in NETWORK]
+        rows += [row(part, outputs=name) for part in (UPSAMPLING, MERGING)]
         for stage in (AFTER, ""):
             amounts = {
                 f"{side}_{kind}": amount

@@ -9,7 +9,9 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -19,11 +21,13 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode
 from detectron2.layers import paste_masks_in_image
 from detectron2.modeling import build_model
+from detectron2.modeling.meta_arch import panoptic_fpn
 from detectron2.structures import BitMasks, Boxes, Instances
 from torch import nn
 from torch.nn import functional as F
 
 from panoptic_fpn_ext import add_panoptic_fpn_config
+from panoptic_fpn_ext.modeling import postprocessing
 
 ZOO_CONFIG = "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml"
 DEPTHS = {"R18": 18, "R50": 50, "R101": 101}
@@ -184,11 +188,21 @@ class Batch:
         def enter(stage: str) -> Any:
             return lambda *_: stages.enter(stage)
 
+        def entering(module: ModuleType, function: str, part: str) -> Any:
+            call = getattr(module, function)
+
+            def enter_and_call(*args: Any, **kwargs: Any) -> Any:
+                stages.enter(part, part_of=AFTER)
+                return call(*args, **kwargs)
+
+            return mock.patch.object(module, function, enter_and_call)
+
         hooks = [
             model.backbone.register_forward_pre_hook(enter("backbone")),
             model.backbone.register_forward_hook(enter("semantic head")),
             predictor.register_forward_hook(self._sem_seg),
             predictor.register_forward_hook(enter(AFTER)),
+            predictor.register_forward_hook(lambda *_: stages.enter(UPSAMPLING, part_of=AFTER)),
             model.proposal_generator.register_forward_pre_hook(enter("RPN")),
             model.proposal_generator.register_forward_hook(enter("ROI heads")),
             model.roi_heads.box_predictor.register_forward_hook(self._scores),
@@ -196,7 +210,10 @@ class Batch:
             model.roi_heads.register_forward_hook(enter(AFTER)),
         ]
         try:
-            yield
+            with contextlib.ExitStack() as patches:
+                for module, function, part in PARTS:
+                    patches.enter_context(entering(module, function, part))
+                yield
         finally:
             for hook in hooks:
                 hook.remove()
@@ -218,6 +235,16 @@ class Batch:
 
 PREPROCESS, AFTER = "preprocess", "after the network"
 NETWORK = (PREPROCESS, "backbone", "semantic head", "RPN", "ROI heads")
+UPSAMPLING, MERGING = "semantic upsampling", "pasting and merging"
+PARTS = (
+    (panoptic_fpn, "sem_seg_postprocess", UPSAMPLING),
+    (panoptic_fpn, "detector_postprocess", MERGING),
+    (postprocessing, "upsampled", UPSAMPLING),
+    (postprocessing, "upsampled_labels", UPSAMPLING),
+    (postprocessing, "detector_postprocess", MERGING),
+)
+"""Functions of Detectron2's model and of ours with which a part of "after the network" begins. The
+class of each pixel is found while upsampling in ours, before merging in Detectron2's."""
 
 
 def planted_scores(logits: torch.Tensor, num_objects: int, *, background: int) -> torch.Tensor:

@@ -73,15 +73,21 @@ def test_inference_compares_and_checks(tmp_path):
     run = benchmark("inference", *SMALL, "--detections", 6, "--peers", "--json", path)
     content = figures(run, path)
     network = ["preprocess", "backbone", "semantic head", "RPN", "ROI heads"]
+    parts = ["semantic upsampling", "pasting and merging"]
     rows = [(c["what"], c["outputs"]) for c in content["comparisons"]]
     assert rows == [(stage, None) for stage in network] + [
         (what, outputs)
         for outputs in ("panoptic_seg", "all")
-        for what in ("after the network", "whole image")
+        for what in (*parts, "after the network", "whole image")
     ]
     assert {c["detections"] for c in content["comparisons"]} == {6}
-    *stages, whole = (c for c in content["comparisons"] if c["outputs"] != "all")
+    *stages, upsampling, merging, after, whole = (
+        c for c in content["comparisons"] if c["outputs"] != "all"
+    )
+    stages.append(after)
     for side in ("ours_ms", "detectron2_ms"):
+        total = upsampling[side]["median"] + merging[side]["median"]
+        assert 0.5 * after[side]["median"] < total < 1.01 * after[side]["median"]
         total = sum(stage[side]["median"] for stage in stages)
         assert total == pytest.approx(whole[side]["median"], rel=0.1)
     alone, everything = (c for c in content["comparisons"] if c["what"] == "after the network")
