@@ -113,10 +113,11 @@ def test_growth_in_batches(tmp_path):
     assert content["same_answer"] is True
     assert content["environment"]["images"] == 2
     rows = content["comparisons"]
+    kinds = ["semantic upsampling", "pasting and merging", "after the network", "whole image"]
     assert [(row["what"], row["classes"]) for row in rows] == [
-        (what, classes) for classes in (3, 20) for what in ("after the network", "whole image")
+        (what, classes) for classes in (3, 20) for what in kinds
     ]
-    after, whole, more_after, more_whole = rows
+    _, _, after, whole, _, _, more_after, more_whole = rows
     assert 0 < after["ours_mb"] < more_after["ours_mb"]
     assert 0 < after["detectron2_mb"] < more_after["detectron2_mb"]
     assert more_whole["multiply_adds"] > whole["multiply_adds"] > 1e6
