@@ -26,24 +26,12 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler tells of e
 import torch
 from benchmark_eval_only import eval_only
 from benchmark_evaluation import evaluation
-from benchmark_frame import Comparison, Peer, environment, report, use_cores
+from benchmark_frame import environment, report, use_cores
 from benchmark_inference import DETECTIONS, DTYPES, OUTPUT_CHOICES, inference
 from benchmark_models import DEPTHS, SETTINGS, Setting
 from benchmark_training import training
 
 from panoptic_fpn_ext import UserError
-
-
-def run_evaluation(args: argparse.Namespace) -> tuple[list[Comparison], list[Peer]]:
-    return evaluation(args), []
-
-
-def run_eval_only(args: argparse.Namespace) -> tuple[list[Comparison], list[Peer]]:
-    return eval_only(args), []
-
-
-def run_training(args: argparse.Namespace) -> tuple[list[Comparison], list[Peer]]:
-    return training(args), []
 
 
 def size(text: str) -> tuple[int, int]:
@@ -152,7 +140,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--data-images", type=positive, default=8, help="for the data path; default: 8"
     )
-    command.set_defaults(run=run_training)
+    command.set_defaults(run=training)
 
     command = subcommands.add_parser(
         "evaluation", parents=[common], help="PQ, mIoU and AP of predictions"
@@ -161,7 +149,7 @@ def parser() -> argparse.ArgumentParser:
         "--sizes", type=size, nargs="+", default=[(480, 640), (1024, 2048)], metavar="HxW"
     )
     command.add_argument("--images", type=positive, default=6, help="of each size; default: 6")
-    command.set_defaults(run=run_evaluation, device=torch.device("cpu"), threads=1)
+    command.set_defaults(run=evaluation, device=torch.device("cpu"), threads=1)
 
     command = subcommands.add_parser(
         "eval-only",
@@ -177,7 +165,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="KEY VALUE",
         help="config keys and their values, of both models; MODEL.WEIGHTS is needed",
     )
-    command.set_defaults(run=run_eval_only, device=torch.device("cpu"))
+    command.set_defaults(run=eval_only, device=torch.device("cpu"))
     return parser
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from benchmark_dataset import convert_for_detectron2
 from benchmark_evaluation import EVALUATORS, quiet
-from benchmark_frame import Comparison, Times, by_turns
+from benchmark_frame import Comparison, Peer, Times, by_turns
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
 from detectron2.evaluation import inference_on_dataset
@@ -26,7 +26,7 @@ TOLERANCE = 0.05
 SCORES = ("PQ", "PQ_th", "PQ_st", "mIoU", "fwIoU", "AP", "AP50")
 
 
-def eval_only(args: argparse.Namespace) -> list[Comparison]:
+def eval_only(args: argparse.Namespace) -> tuple[list[Comparison], list[Peer]]:
     """For each dataset of a config, the built-in model with Detectron2's evaluators against ours.
 
     Both models have the same weights. What Detectron2's evaluators want converted before (semantic
@@ -43,7 +43,7 @@ def eval_only(args: argparse.Namespace) -> list[Comparison]:
     for model_cfg in (cfg, detectron2_cfg):
         models.append(build_model(model_cfg).eval())
         PanopticFPNCheckpointer(models[-1]).load(cfg.MODEL.WEIGHTS)
-    return [compare(name, cfg, *models, args.rounds) for name in cfg.DATASETS.TEST]
+    return [compare(name, cfg, *models, args.rounds) for name in cfg.DATASETS.TEST], []
 
 
 def compare(

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from benchmark_dataset import make_dataset, rgb
-from benchmark_frame import Comparison, Times, by_turns
+from benchmark_frame import Comparison, Peer, Times, by_turns
 from cityscapesscripts.evaluation import evalPanopticSemanticLabeling
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import (
@@ -36,7 +36,7 @@ Result = Mapping[str, float]
 Builder = Callable[[str], DatasetEvaluator]
 
 
-def evaluation(args: argparse.Namespace) -> list[Comparison]:
+def evaluation(args: argparse.Namespace) -> tuple[list[Comparison], list[Peer]]:
     """PQ, mIoU and AP of made-up predictions, each alone and all three together.
 
     Each evaluator is built, given the predictions image by image and asked for its result. Of
@@ -59,7 +59,7 @@ def evaluation(args: argparse.Namespace) -> list[Comparison]:
                         rounds=args.rounds,
                     )
                 )
-    return comparisons
+    return comparisons, []
 
 
 def compare(

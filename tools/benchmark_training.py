@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from benchmark_dataset import compare_targets, make_dataset
-from benchmark_frame import MB, Comparison, Stages, Times, by_turns
+from benchmark_frame import MB, Comparison, Peer, Stages, Times, by_turns
 from benchmark_inference import autocast
 from benchmark_models import DEPTHS, SETTINGS, Scene, Setting, build_both, config
 from detectron2.config import CfgNode
@@ -33,7 +33,7 @@ NUM_OBJECTS = 8  # an image of COCO has 7.3
 STEP = ("forward", "backward", "optimizer")
 
 
-def training(args: argparse.Namespace) -> list[Comparison]:
+def training(args: argparse.Namespace) -> tuple[list[Comparison], list[Peer]]:
     """For each size a step of the semantic head alone (forward, backward), one of the model (and
     SGD), and the data path of its input images."""
     comparisons = []
@@ -43,7 +43,7 @@ def training(args: argparse.Namespace) -> list[Comparison]:
         comparisons += compare_steps(cfg, setting, args)
         comparisons.append(compare_data(cfg, setting, args))
         comparisons += compare_targets(setting.output_size, args.data_images, args.rounds)
-    return comparisons
+    return comparisons, []
 
 
 def tolerance(args: argparse.Namespace) -> float:

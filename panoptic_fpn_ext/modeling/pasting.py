@@ -55,18 +55,20 @@ class PastedMasks:
     def dense(self) -> torch.Tensor:
         """All masks over the whole image, (N, height, width) bool. They are kept: from then on
         windows are parts of them."""
-        if self._dense is None and self.boxes.is_cuda:
-            # A few large kernels there instead of many small ones.
-            self._dense = paste_masks_in_image(
+        if self._dense is None:
+            self._dense = self._paste_all()
+        return self._dense
+
+    def _paste_all(self) -> torch.Tensor:
+        if self.boxes.is_cuda:  # a few large kernels there instead of many small ones
+            return paste_masks_in_image(
                 self.probabilities, self.boxes, self.size, self.threshold
             ).bool()
-        elif self._dense is None:
-            masks = torch.zeros(len(self), *self.size, dtype=torch.bool)
-            for index, mask in enumerate(masks):
-                where, inside = self.window(index)
-                mask[where] = inside
-            self._dense = masks
-        return self._dense
+        masks = torch.zeros(len(self), *self.size, dtype=torch.bool)
+        for index, mask in enumerate(masks):
+            where, inside = self.window(index)
+            mask[where] = inside
+        return masks
 
     def _sampling_matrix(self, first: int, last: int, start: float, end: float) -> torch.Tensor:
         """Bilinear weights (last - first, M) of the values of a box for a range of pixels."""

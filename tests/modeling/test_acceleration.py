@@ -1,6 +1,8 @@
 """Accelerated modules against the ones they stand in for."""
 
 import copy
+import threading
+from unittest import mock
 
 import hypothesis.strategies as st
 import pytest
@@ -164,6 +166,14 @@ def test_mask_logits_are_equal(number):
 @pytest.mark.parametrize("number", [0, 1, 3, 50])
 def test_roi_align_is_equal(number, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(acceleration, "ROI_ALIGN_MIN_WORK", 1)
+    threads = []
+    plain = ROIAlign.forward
+
+    def noted(*args):
+        threads.append(threading.current_thread())
+        return plain(*args)
+
     align = ROIAlign((7, 5), 0.25, 0, aligned=True)
     parallel = nn.Sequential(copy.deepcopy(align))
     accelerate(parallel, fold_frozen_batch_norm=False, winograd=False)
@@ -172,7 +182,11 @@ def test_roi_align_is_equal(number, monkeypatch):
     rois = torch.cat([torch.arange(number)[:, None] % 2, corners, corners + 20], dim=1)
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
-            assert torch.equal(parallel[0](x, rois), align(x, rois))
+            expected = align(x, rois)
+            with mock.patch.object(ROIAlign, "forward", noted):
+                assert torch.equal(parallel[0](x, rois), expected)
+        elsewhere = [thread for thread in threads if thread is not threading.main_thread()]
+        assert len(elsewhere) == min(number, 3)  # with gradients no more
 
 
 @pytest.mark.parametrize("conv_dims", [[-1], [-1, 12, 16]])
@@ -185,9 +199,16 @@ def test_proposals_of_strips_are_equal(monkeypatch, conv_dims, height):
     lean = nn.Sequential(copy.deepcopy(head))
     accelerate(lean, fold_frozen_batch_norm=False, winograd=True)
     features = [torch.randn(2, 16, height, 8), torch.randn(2, 16, 3, 5)]
+    strips = []
+    lean[0].objectness_logits.register_forward_hook(lambda *args: strips.append(args[1][0]))
     for grad in (True, False):
+        strips.clear()
         with torch.set_grad_enabled(grad):
             assert_close(lean[0](features), head(features), atol=1e-4, rtol=1e-4)
+        in_strips = not grad and height > 7 and torch.backends.nnpack.is_available()
+        assert (len(strips) > 2) == in_strips
+        if in_strips:  # each of 4 rows, and those beside it that the convolutions reach
+            assert max(strip.shape[2] for strip in strips) <= 4 + 2 * len(conv_dims)
 
 
 @pytest.mark.skipif(not torch.backends.nnpack.is_available(), reason="PyTorch without NNPACK")
