@@ -394,10 +394,11 @@ def test_8_megapixels_need_memory_for_a_few_maps_only():
     process = subprocess.run(
         [sys.executable, "-c", EIGHT_MEGAPIXELS],
         cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # With glibc's own, growing threshold freed memory stays resident, now more, now less.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
         capture_output=True,
         text=True,
     )
     assert process.returncode == 0, process.stderr[-3000:]
     label_map = 2448 * 3264 * 8  # int64
-    assert int(process.stdout) < 5 * label_map
+    assert int(process.stdout) < 4 * label_map
