@@ -36,8 +36,8 @@ def add_panoptic_fpn_config(cfg: CfgNode) -> None:
     # The channels of a pixel side by side in memory, where that is faster: on GPUs, and on CPUs in
     # inference without the above.
     cfg.MODEL.CHANNELS_LAST = True
-    # Frozen batch normalization as part of the convolution before it.
-    cfg.MODEL.FOLD_FROZEN_BN = True
+    # Batch normalization, in training only where frozen, as part of the convolution before it.
+    cfg.MODEL.FOLD_BN = True
     # "float16" or "bfloat16" for mixed precision in inference; for training, SOLVER.AMP.
     cfg.MODEL.INFERENCE_PRECISION = "float32"
 

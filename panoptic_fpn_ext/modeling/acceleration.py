@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from detectron2.layers import Conv2d, FrozenBatchNorm2d, ROIAlign
+from detectron2.layers import Conv2d, FrozenBatchNorm2d, NaiveSyncBatchNorm, ROIAlign
 from detectron2.modeling.proposal_generator import StandardRPNHead
 from detectron2.modeling.roi_heads import MaskRCNNConvUpsampleHead
 from torch import nn
@@ -28,14 +28,14 @@ WINOGRAD_STRIP_PIXELS = 2**14
 MAX_MASKS = 32
 
 
-def accelerate(model: nn.Module, *, fold_frozen_batch_norm: bool, winograd: bool) -> None:
+def accelerate(model: nn.Module, *, fold_batch_norm: bool, winograd: bool) -> None:
     """Make convolutions, RoIAlign and Detectron2's mask and RPN heads faster or leaner, in place.
 
     Names, shapes and values of parameters and buffers stay.
 
     Args:
         model: where to look for them.
-        fold_frozen_batch_norm: see :class:`FastConv2d`.
+        fold_batch_norm: see :class:`FastConv2d`.
         winograd: see :class:`FastConv2d`.
     """
     for module in model.modules():
@@ -43,7 +43,7 @@ def accelerate(model: nn.Module, *, fold_frozen_batch_norm: bool, winograd: bool
             if type(module) is nn.Conv2d:
                 module.norm = module.activation = None
             module.__class__ = FastConv2d
-            module.folds = fold_frozen_batch_norm and isinstance(module.norm, FrozenBatchNorm2d)
+            module.folds = fold_batch_norm and _is_foldable(module.norm)
             module.folded = None
             module.winograd = winograd
         elif type(module) is MaskRCNNConvUpsampleHead:
@@ -54,12 +54,18 @@ def accelerate(model: nn.Module, *, fold_frozen_batch_norm: bool, winograd: bool
             module.__class__ = ParallelROIAlign
 
 
+def _is_foldable(norm: nn.Module | None) -> bool:
+    """Whether a normalization is, out of training, the same linear map for every image."""
+    known = (FrozenBatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm, NaiveSyncBatchNorm)
+    return type(norm) in known and norm.weight is not None and norm.running_var is not None
+
+
 class FastConv2d(Conv2d):
     """Detectron2's ``Conv2d``, sparing passes over the features and multiplications.
 
-    - A frozen batch normalization becomes part of the weights. That saves a pass over the
-      features, in training also what is kept of them for the gradient. The folded weights are made
-      anew whenever those they come from have changed.
+    - A batch normalization, in training only a frozen one, becomes part of the weights. That saves
+      a pass over the features, in training also what is kept of them for the gradient. The folded
+      weights are made anew whenever those they come from have changed.
     - On CPUs in float32, see :func:`convolve`.
     """
 
@@ -69,11 +75,16 @@ class FastConv2d(Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) features to (N, C', H', W')."""
-        weight, bias = self._folded_weights() if self.folds else (self.weight, self.bias)
+        folds = self.folds and (isinstance(self.norm, FrozenBatchNorm2d) or not self.norm.training)
+        if folds:
+            weight, bias = self._folded_weights()
+        else:
+            weight, bias = self.weight, self.bias
+            self.folded = None  # running statistics change without a new version
         convolution = (self.stride, self.padding, self.dilation, self.groups)
         convolve_ = convolve if self.winograd else F.conv2d
         x = convolve_(x, weight, bias, *convolution)
-        if self.norm is not None and not self.folds:
+        if self.norm is not None and not folds:
             x = self.norm(x)
         if self.activation is None:
             return x

@@ -46,7 +46,7 @@ class PanopticFPNExt(GeneralizedRCNN):
         training_schedule: str = "joint",
         feature_groups: int = 1,
         channels_last: bool = False,
-        fold_frozen_batch_norm: bool = False,
+        fold_batch_norm: bool = False,
         winograd: bool = False,
         inference_precision: str = "float32",
         **rcnn_args: Any,
@@ -63,7 +63,7 @@ class PanopticFPNExt(GeneralizedRCNN):
                 reads the first, the semantic branch the last.
             channels_last: whether features have the channels of a pixel side by side in memory,
                 where that is faster: on GPUs, and on CPUs in inference without ``winograd``.
-            fold_frozen_batch_norm, winograd: see :func:`accelerate`.
+            fold_batch_norm, winograd: see :func:`accelerate`.
             inference_precision: ``"float32"``, or ``"float16"`` or ``"bfloat16"`` for what autocast
                 has in that precision.
             rcnn_args: those of :class:`GeneralizedRCNN`.
@@ -85,7 +85,7 @@ class PanopticFPNExt(GeneralizedRCNN):
         self.channels_last = channels_last
         self.winograd = winograd
         self.inference_precision = inference_precision
-        accelerate(self, fold_frozen_batch_norm=fold_frozen_batch_norm, winograd=winograd)
+        accelerate(self, fold_batch_norm=fold_batch_norm, winograd=winograd)
         branches = {
             "instance": (instance_loss_weight, [self.proposal_generator, self.roi_heads]),
             "semantic": (getattr(sem_seg_head, "loss_weight", 1.0), [sem_seg_head]),
@@ -119,7 +119,7 @@ class PanopticFPNExt(GeneralizedRCNN):
             "proposal_generator": build_proposal_generator(cfg, shapes),
             "roi_heads": build_roi_heads(cfg, shapes),
             "sem_seg_head": build_sem_seg_head(cfg, shapes),
-            "fold_frozen_batch_norm": cfg.MODEL.FOLD_FROZEN_BN,
+            "fold_batch_norm": cfg.MODEL.FOLD_BN,
             "winograd": cfg.MODEL.WINOGRAD,
             "inference_precision": cfg.MODEL.INFERENCE_PRECISION,
             "channels_last": cfg.MODEL.CHANNELS_LAST,

@@ -20,21 +20,21 @@ class SemanticFPN(SemanticSegmentor):
 
     @configurable
     def __init__(
-        self, *, fold_frozen_batch_norm: bool = False, winograd: bool = False, **segmentor_args: Any
+        self, *, fold_batch_norm: bool = False, winograd: bool = False, **segmentor_args: Any
     ) -> None:
         """
         Args:
-            fold_frozen_batch_norm, winograd: see :func:`accelerate`.
+            fold_batch_norm, winograd: see :func:`accelerate`.
             segmentor_args: those of ``SemanticSegmentor``.
         """
         super().__init__(**segmentor_args)
-        accelerate(self, fold_frozen_batch_norm=fold_frozen_batch_norm, winograd=winograd)
+        accelerate(self, fold_batch_norm=fold_batch_norm, winograd=winograd)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         cfg = resolve_dataset_keys(cfg)
         return {
             **super().from_config(cfg),
-            "fold_frozen_batch_norm": cfg.MODEL.FOLD_FROZEN_BN,
+            "fold_batch_norm": cfg.MODEL.FOLD_BN,
             "winograd": cfg.MODEL.WINOGRAD,
         }

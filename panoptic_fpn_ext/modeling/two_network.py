@@ -76,7 +76,7 @@ class TwoNetworkPanopticFPN(nn.Module):
                     raise UserError(f"{key} {error}") from error
         accelerate(
             networks["instance_network"],
-            fold_frozen_batch_norm=cfg.MODEL.FOLD_FROZEN_BN,
+            fold_batch_norm=cfg.MODEL.FOLD_BN,
             winograd=cfg.MODEL.WINOGRAD,
         )
         return {**networks, "postprocess": PanopticPostprocessor(cfg)}

@@ -7,7 +7,13 @@ from unittest import mock
 import hypothesis.strategies as st
 import pytest
 import torch
-from detectron2.layers import Conv2d, FrozenBatchNorm2d, ROIAlign, ShapeSpec
+from detectron2.layers import (
+    Conv2d,
+    FrozenBatchNorm2d,
+    NaiveSyncBatchNorm,
+    ROIAlign,
+    ShapeSpec,
+)
 from detectron2.modeling.proposal_generator import StandardRPNHead
 from detectron2.modeling.roi_heads import MaskRCNNConvUpsampleHead
 from hypothesis import assume, example, given, settings
@@ -39,15 +45,16 @@ def pair(request):
     )
     randomize(network)
     accelerated = copy.deepcopy(network)
-    accelerate(accelerated, fold_frozen_batch_norm=True, winograd=True)
+    accelerate(accelerated, fold_batch_norm=True, winograd=True)
     return network, accelerated
 
 
 def randomize(network):
     for name, value in network.state_dict().items():
-        value.copy_(
-            torch.rand_like(value) + 0.5 if "running_var" in name else torch.randn_like(value)
-        )
+        if "running_var" in name:
+            value.copy_(torch.rand_like(value) + 0.5)
+        elif value.is_floating_point():
+            value.normal_()
 
 
 def test_outputs_and_gradients_are_equal(pair):
@@ -81,6 +88,35 @@ def test_frozen_weights_are_folded_once(pair):
     folded = accelerated[0].folded
     accelerated(x)
     assert accelerated[0].folded is folded is not None
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.SyncBatchNorm, NaiveSyncBatchNorm])
+def test_batch_norm_is_folded_out_of_training_only(norm):
+    network = nn.Sequential(Conv2d(3, 8, 3, bias=False, norm=norm(8), activation=torch.relu))
+    randomize(network)
+    accelerated = copy.deepcopy(network)
+    accelerate(accelerated, fold_batch_norm=True, winograd=False)
+    for _ in range(2):  # the second time after it has learned more
+        if norm is not nn.SyncBatchNorm:  # trains on GPUs only
+            x = torch.randn(2, 3, 16, 20)
+            assert_close(accelerated.train()(x), network.train()(x))
+            assert_close(accelerated.state_dict(), network.state_dict())
+        network.eval()
+        accelerated.eval()
+        with torch.no_grad(), mock.patch.object(accelerated[0].norm, "forward") as norm_forward:
+            x = torch.randn(2, 3, 16, 20)
+            assert_close(accelerated(x), network(x), atol=1e-4, rtol=1e-4)
+        norm_forward.assert_not_called()
+
+
+@pytest.mark.parametrize("kind", [{"affine": False}, {"track_running_stats": False}])
+def test_other_batch_norm_stays(kind):
+    network = nn.Sequential(Conv2d(3, 8, 3, norm=nn.BatchNorm2d(8, **kind))).eval()
+    randomize(network)
+    accelerated = copy.deepcopy(network)
+    accelerate(accelerated, fold_batch_norm=True, winograd=False)
+    x = torch.randn(2, 3, 16, 20)
+    assert_close(accelerated(x), network(x), atol=1e-4, rtol=1e-4)
 
 
 SHAPES = st.tuples(
@@ -133,7 +169,7 @@ def test_convolutions_and_their_gradients_are_equal(
 
 def test_tracing_takes_the_plain_convolution():
     network = nn.Sequential(Conv2d(64, 64, 3, padding=1))
-    accelerate(network, fold_frozen_batch_norm=True, winograd=True)
+    accelerate(network, fold_batch_norm=True, winograd=True)
     x = torch.randn(1, 64, 64, 64)
     traced = torch.jit.trace(network, x, check_trace=False)
     assert "nnpack" not in str(traced.inlined_graph)
@@ -154,7 +190,7 @@ def test_mask_logits_are_equal(number):
     shape = ShapeSpec(channels=8, height=14, width=14)
     head = MaskRCNNConvUpsampleHead(shape, num_classes=3, conv_dims=[8, 8, 8])
     lean = copy.deepcopy(head)
-    accelerate(lean, fold_frozen_batch_norm=False, winograd=False)
+    accelerate(lean, fold_batch_norm=False, winograd=False)
     x = torch.randn(number, 8, 14, 14)
     for module in (head, lean):
         module.eval()
@@ -176,7 +212,7 @@ def test_roi_align_is_equal(number, monkeypatch):
 
     align = ROIAlign((7, 5), 0.25, 0, aligned=True)
     parallel = nn.Sequential(copy.deepcopy(align))
-    accelerate(parallel, fold_frozen_batch_norm=False, winograd=False)
+    accelerate(parallel, fold_batch_norm=False, winograd=False)
     x = torch.randn(2, 3, 30, 40)
     corners = torch.rand(number, 2) * torch.tensor([150.0, 110.0])
     rois = torch.cat([torch.arange(number)[:, None] % 2, corners, corners + 20], dim=1)
@@ -197,7 +233,7 @@ def test_proposals_of_strips_are_equal(monkeypatch, conv_dims, height):
     head = StandardRPNHead(in_channels=16, num_anchors=3, conv_dims=conv_dims)
     randomize(head)
     lean = nn.Sequential(copy.deepcopy(head))
-    accelerate(lean, fold_frozen_batch_norm=False, winograd=True)
+    accelerate(lean, fold_batch_norm=False, winograd=True)
     features = [torch.randn(2, 16, height, 8), torch.randn(2, 16, 3, 5)]
     strips = []
     lean[0].objectness_logits.register_forward_hook(lambda *args: strips.append(args[1][0]))
@@ -215,7 +251,7 @@ def test_proposals_of_strips_are_equal(monkeypatch, conv_dims, height):
 @pytest.mark.parametrize(("winograd", "side"), [(True, 64), (True, 8), (False, 64)])
 def test_large_convolutions_take_winograds_algorithm(winograd, side):
     network = nn.Sequential(Conv2d(64, 64, 3, padding=1))
-    accelerate(network, fold_frozen_batch_norm=False, winograd=winograd)
+    accelerate(network, fold_batch_norm=False, winograd=winograd)
     with torch.no_grad(), torch.profiler.profile() as profiler:
         network(torch.randn(1, 64, side, side))
     took_it = any("_nnpack_spatial" in event.key for event in profiler.key_averages())
