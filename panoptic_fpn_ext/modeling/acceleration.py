@@ -75,28 +75,34 @@ class FastConv2d(Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) features to (N, C', H', W')."""
-        folds = self.folds and (isinstance(self.norm, FrozenBatchNorm2d) or not self.norm.training)
-        if folds:
+        weight, bias, norm = self.weight, self.bias, self.norm
+        if self.folds and self._is_norm_fixed():
             weight, bias = self._folded_weights()
-        else:
-            weight, bias = self.weight, self.bias
-            self.folded = None  # running statistics change without a new version
+            norm = None
         convolution = (self.stride, self.padding, self.dilation, self.groups)
         convolve_ = convolve if self.winograd else F.conv2d
         x = convolve_(x, weight, bias, *convolution)
-        if self.norm is not None and not folds:
-            x = self.norm(x)
+        if norm is not None:
+            x = norm(x)
         if self.activation is None:
             return x
         is_relu = self.activation in (F.relu, torch.relu) or isinstance(self.activation, nn.ReLU)
         return x.relu_() if is_relu and not x.requires_grad else self.activation(x)
+
+    def _is_norm_fixed(self) -> bool:
+        # A compiler fuses the normalization itself, and cannot look at the versions of tensors.
+        is_frozen = isinstance(self.norm, FrozenBatchNorm2d) or not self.norm.training
+        return is_frozen and not torch.compiler.is_compiling()
 
     def _folded_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         norm = self.norm
         sources = [self.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var]
         if self.bias is not None:
             sources.append(self.bias)
-        # A tensor's version counts its changes in place, by an optimizer or a checkpoint.
+        if not isinstance(norm, FrozenBatchNorm2d):
+            sources.append(norm.num_batches_tracked)
+        # A tensor's version counts its changes in place, by an optimizer or a checkpoint. Training
+        # changes running statistics without, but counts its batches.
         state = [(t.data_ptr(), t._version) for t in sources]
         if self.folded is not None and self.folded[0] == state:
             return self.folded[1:]

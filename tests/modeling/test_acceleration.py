@@ -167,6 +167,29 @@ def test_convolutions_and_their_gradients_are_equal(
         assert_close(ours, expected, atol=limit, rtol=0)
 
 
+@pytest.mark.parametrize("norm", [FrozenBatchNorm2d, nn.BatchNorm2d])
+def test_compilers_see_one_graph_of_plain_convolutions(norm):
+    network = nn.Sequential(Conv2d(64, 64, 3, padding=1, norm=norm(64))).eval()
+    randomize(network)
+    accelerated = copy.deepcopy(network)
+    accelerate(accelerated, fold_batch_norm=True, winograd=True)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(str(graph.graph))
+        return graph
+
+    compiled = torch.compile(accelerated, fullgraph=True, backend=backend)
+    x = torch.randn(1, 64, 64, 64)
+    with torch.no_grad():
+        for _ in range(2):
+            assert_close(compiled(x), network(x), atol=1e-4, rtol=1e-4)
+            randomize(network)
+            accelerated.load_state_dict(network.state_dict())
+    assert len(graphs) == 1
+    assert "nnpack" not in graphs[0]
+
+
 def test_tracing_takes_the_plain_convolution():
     network = nn.Sequential(Conv2d(64, 64, 3, padding=1))
     accelerate(network, fold_batch_norm=True, winograd=True)
