@@ -22,7 +22,7 @@ from ..config import resolve_dataset_keys
 from ..errors import UserError
 from .acceleration import accelerate, is_planar_faster
 from .postprocessing import PanopticPostprocessor
-from .semantic_head import SemanticFPNHead
+from .semantic_head import logits_for_postprocessing
 
 TASKS = ("instance", "semantic")
 TRAINING = ("joint", "alternate")
@@ -185,9 +185,8 @@ class PanopticFPNExt(GeneralizedRCNN):
         stride = 1
         if self.postprocess.needs("sem_seg") or not do_postprocess:
             semantic_features = self._features_for("semantic", features)
-            if do_postprocess and isinstance(self.sem_seg_head, SemanticFPNHead):
-                sem_seg = self.sem_seg_head.layers(semantic_features)
-                stride = self.sem_seg_head.common_stride
+            if do_postprocess:
+                sem_seg, stride = logits_for_postprocessing(self.sem_seg_head, semantic_features)
             else:
                 sem_seg, _ = self.sem_seg_head(semantic_features, None)
         if self.postprocess.needs("instances") or not do_postprocess:

@@ -144,6 +144,19 @@ class SemanticFPNHead(nn.Module):
         return {"loss_sem_seg": loss * self.loss_weight}
 
 
+def logits_for_postprocessing(
+    head: nn.Module, features: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, int]:
+    """Those of any semantic head in inference, of ours before they are upsampled, and their stride.
+
+    Returns:
+        (N, num_classes, H / stride, W / stride) logits; the stride.
+    """
+    if isinstance(head, SemanticFPNHead):
+        return head.layers(features), head.common_stride
+    return head(features, None)[0], 1
+
+
 def _add(total: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
     """The sum; in inference in the place of ``total``, which nothing else needs."""
     if total is None:

@@ -13,6 +13,7 @@ from ..errors import UserError
 from .acceleration import accelerate
 from .postprocessing import PanopticPostprocessor
 from .semantic_fpn import SemanticFPN
+from .semantic_head import logits_for_postprocessing
 
 
 @META_ARCH_REGISTRY.register()
@@ -95,13 +96,15 @@ class TwoNetworkPanopticFPN(nn.Module):
                 **self.semantic_network(batched_inputs),
             }
         sem_seg = instances = [None] * len(batched_inputs)
+        stride = 1
         images = self.instance_network.preprocess_image(batched_inputs)
         if self.postprocess.needs("sem_seg"):
             network = self.semantic_network
-            sem_seg, _ = network.sem_seg_head(network.backbone(images.tensor), None)
+            features = network.backbone(images.tensor)
+            sem_seg, stride = logits_for_postprocessing(network.sem_seg_head, features)
         if self.postprocess.needs("instances"):
             instances = self.instance_network.inference(batched_inputs, do_postprocess=False)
         return [
-            self.postprocess(*args)
+            self.postprocess(*args, stride=stride)
             for args in zip(sem_seg, instances, images.image_sizes, batched_inputs, strict=True)
         ]
