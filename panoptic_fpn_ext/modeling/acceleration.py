@@ -106,6 +106,7 @@ class FastConv2d(Conv2d):
         state = [(t.data_ptr(), t._version) for t in sources]
         if self.folded is not None and self.folded[0] == state:
             return self.folded[1:]
+        # Not fuse_conv_bn_weights of torch.nn.utils: it makes new parameters, cutting the gradient.
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         shift = norm.bias - norm.running_mean * scale
         if self.bias is not None:

@@ -388,3 +388,10 @@ def test_two_gloo_processes(tmp_path):
     sem_seg = SemSegIoUEvaluator(stuff_classes=STUFF, thing_sem_seg_ids=(0, 0))
     sem_seg.process(records, outputs)
     assert results["sem_seg"] == sem_seg.evaluate()["sem_seg"]
+
+
+def test_segments_of_a_large_map_are_matched():
+    ids = np.kron(np.arange(1, 33).reshape(4, 8), np.ones((256, 256), int))
+    segments = [thing(i) for i in range(1, 33)]
+    matches = match_segments(ids, segments, np.roll(ids, 9, axis=1), segments)
+    assert matches[True, 0].ious == pytest.approx([(256 - 9) / (256 + 9)] * 32)
