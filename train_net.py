@@ -15,9 +15,9 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from panoptic_fpn_ext.checkpoint import PanopticFPNCheckpointer
 from panoptic_fpn_ext.data import register_datasets_of_config
 from panoptic_fpn_ext.engine import Trainer, launch, setup
+from panoptic_fpn_ext.engine.checkpoint import PanopticFPNCheckpointer
 
 
 def main(args: argparse.Namespace, cfg: CfgNode) -> None:

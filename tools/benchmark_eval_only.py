@@ -18,8 +18,8 @@ from detectron2.evaluation import inference_on_dataset
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import build_model
 
-from panoptic_fpn_ext.checkpoint import PanopticFPNCheckpointer
 from panoptic_fpn_ext.engine import Trainer, setup
+from panoptic_fpn_ext.engine.checkpoint import PanopticFPNCheckpointer
 
 TOLERANCE = 0.05
 """Points by which the scores may differ."""

@@ -39,19 +39,19 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from panoptic_fpn_ext import UserError
-from panoptic_fpn_ext.argmax import argmax_classes
-from panoptic_fpn_ext.checkpoint import PanopticFPNCheckpointer
 from panoptic_fpn_ext.data import PanopticFPNMapper
 from panoptic_fpn_ext.data.panoptic_png import read_panoptic_png
 from panoptic_fpn_ext.engine import setup
+from panoptic_fpn_ext.engine.checkpoint import PanopticFPNCheckpointer
 from panoptic_fpn_ext.evaluation.panoptic_matching import (
     Category,
     CategoryMatches,
     match_segments,
 )
 from panoptic_fpn_ext.evaluation.rle import encode_masks
+from panoptic_fpn_ext.layers.argmax import argmax_classes
+from panoptic_fpn_ext.layers.pasting import PastedMasks
 from panoptic_fpn_ext.modeling import merge_panoptic
-from panoptic_fpn_ext.modeling.pasting import PastedMasks
 from panoptic_fpn_ext.modeling.postprocessing import PanopticPostprocessor
 
 

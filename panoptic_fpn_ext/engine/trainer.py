@@ -17,10 +17,10 @@ from detectron2.solver.build import get_default_optimizer_params, maybe_add_grad
 from detectron2.utils import comm
 from torch import nn
 
-from ..checkpoint import PanopticFPNCheckpointer
 from ..data import PanopticFPNMapper
 from ..errors import UserError
 from ..evaluation import build_evaluator
+from .checkpoint import PanopticFPNCheckpointer
 
 # What a user can put right is said once, at the end, without a traceback.
 logging.getLogger("detectron2.engine.train_loop").addFilter(

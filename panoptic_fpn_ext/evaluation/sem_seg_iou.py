@@ -11,9 +11,9 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
-from ..argmax import argmax_classes
 from ..data.targets import sem_seg_from_panoptic
 from ..errors import UserError
+from ..layers.argmax import argmax_classes
 from .common import check_size, gather, pipe_table
 from .panoptic_maps import joint_counts, read_ground_truth
 

@@ -2,11 +2,9 @@
 
 from .backbones import DilatedResNet, GroupedFPN, SymmetricDecoder
 from .merging import merge_panoptic
-from .panoptic_fpn import PanopticFPNExt
+from .meta_arch import PanopticFPNExt, SemanticFPN, TwoNetworkPanopticFPN
 from .postprocessing import PanopticPostprocessor
-from .semantic_fpn import SemanticFPN
 from .semantic_head import SemanticFPNHead
-from .two_network import TwoNetworkPanopticFPN
 
 __all__ = [
     "DilatedResNet",

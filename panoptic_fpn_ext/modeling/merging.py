@@ -9,7 +9,7 @@ import torch
 from detectron2.structures import Instances
 from torchvision.ops import nms
 
-from .pasting import PastedMasks
+from ..layers.pasting import PastedMasks
 
 
 def merge_panoptic(

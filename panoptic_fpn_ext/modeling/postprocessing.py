@@ -10,9 +10,9 @@ from detectron2.structures import Instances
 
 from ..config import OUTPUTS
 from ..errors import UserError
+from ..layers.pasting import PastedMasks
+from ..layers.resizing import upsampled, upsampled_labels
 from .merging import merge_panoptic
-from .pasting import PastedMasks
-from .resizing import upsampled, upsampled_labels
 
 
 class PanopticPostprocessor:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..errors import UserError
-from .resizing import upsampled_cross_entropy
+from ..layers.resizing import upsampled_cross_entropy
 
 AGGREGATIONS = ("sum", "concat")
 

@@ -23,7 +23,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from panoptic_fpn_ext.modeling import SemanticFPNHead
-from panoptic_fpn_ext.modeling.panoptic_fpn import PanopticFPNExt
+from panoptic_fpn_ext.modeling.meta_arch.panoptic_fpn import PanopticFPNExt
 from panoptic_fpn_ext.modeling.postprocessing import PanopticPostprocessor
 
 from ..conftest import REPOSITORY

@@ -6,8 +6,8 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.semantic_seg import SemanticSegmentor
 
-from ..config import resolve_dataset_keys
-from .acceleration import accelerate
+from ...config import resolve_dataset_keys
+from ..acceleration import accelerate
 
 
 @META_ARCH_REGISTRY.register()

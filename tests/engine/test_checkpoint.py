@@ -7,7 +7,7 @@ import torch
 from detectron2.modeling import build_model
 
 from panoptic_fpn_ext import UserError
-from panoptic_fpn_ext.checkpoint import PanopticFPNCheckpointer
+from panoptic_fpn_ext.engine.checkpoint import PanopticFPNCheckpointer
 
 
 @pytest.fixture

@@ -18,11 +18,11 @@ from detectron2.structures import ImageList
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from ..config import resolve_dataset_keys
-from ..errors import UserError
-from .acceleration import accelerate, is_planar_faster
-from .postprocessing import PanopticPostprocessor
-from .semantic_head import logits_for_postprocessing
+from ...config import resolve_dataset_keys
+from ...errors import UserError
+from ..acceleration import accelerate, is_planar_faster
+from ..postprocessing import PanopticPostprocessor
+from ..semantic_head import logits_for_postprocessing
 
 TASKS = ("instance", "semantic")
 TRAINING = ("joint", "alternate")

@@ -7,13 +7,13 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, SemanticSegmentor
 from torch import nn
 
-from ..checkpoint import PanopticFPNCheckpointer
-from ..config import resolve_dataset_keys
-from ..errors import UserError
-from .acceleration import accelerate
-from .postprocessing import PanopticPostprocessor
+from ...config import resolve_dataset_keys
+from ...engine.checkpoint import PanopticFPNCheckpointer
+from ...errors import UserError
+from ..acceleration import accelerate
+from ..postprocessing import PanopticPostprocessor
+from ..semantic_head import logits_for_postprocessing
 from .semantic_fpn import SemanticFPN
-from .semantic_head import logits_for_postprocessing
 
 
 @META_ARCH_REGISTRY.register()

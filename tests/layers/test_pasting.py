@@ -5,7 +5,7 @@ from detectron2.layers import paste_masks_in_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from panoptic_fpn_ext.modeling.pasting import PastedMasks
+from panoptic_fpn_ext.layers.pasting import PastedMasks
 
 
 def random_boxes(rng, count, height, width):

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from panoptic_fpn_ext import UserError, add_panoptic_fpn_config
 
-from ..conftest import assert_same_outputs
+from ...conftest import assert_same_outputs
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import torch
 from detectron2.modeling.postprocessing import sem_seg_postprocess
 from torch.nn import functional as F
 
-from ..argmax import argmax_classes
+from .argmax import argmax_classes
 
 BLOCK = 16  # rows or columns of the output computed at once, at least
 # Values in a block, as far as its size is free, and values held that are upsampled along the rows

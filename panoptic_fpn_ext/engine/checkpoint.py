@@ -8,7 +8,7 @@ from typing import Any
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-from .errors import UserError
+from ..errors import UserError
 
 # Where class counts show: pattern of the parameter, classes of a first dimension, kind, key.
 _CLASSIFIERS = (

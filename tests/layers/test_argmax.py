@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from panoptic_fpn_ext import argmax
-from panoptic_fpn_ext.argmax import argmax_classes
+from panoptic_fpn_ext.layers import argmax
+from panoptic_fpn_ext.layers.argmax import argmax_classes
 
 
 @settings(max_examples=100, deadline=None)

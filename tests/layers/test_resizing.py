@@ -12,8 +12,8 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from panoptic_fpn_ext.modeling import resizing
-from panoptic_fpn_ext.modeling.resizing import (
+from panoptic_fpn_ext.layers import resizing
+from panoptic_fpn_ext.layers.resizing import (
     upsampled,
     upsampled_cross_entropy,
     upsampled_labels,

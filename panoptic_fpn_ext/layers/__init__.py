@@ -1,0 +1,2 @@
+"""What knows tensors, and nothing of panoptic segmentation: convolutions, RoIAlign, resizing,
+pasting of masks, argmax."""
