@@ -1,6 +1,6 @@
 """From a record of a dataset to the model's input."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import cv2
@@ -16,6 +16,7 @@ from pycocotools import mask as rle
 
 from ..errors import UserError
 from .augmentation import PanopticAugInput, build_augmentation
+from .label_space import thing_sem_seg_ids, with_isthing
 from .panoptic_png import read_panoptic_png
 from .targets import index_segments, instance_places, instances_from_index, sem_seg_from_index
 
@@ -40,21 +41,22 @@ class PanopticFPNMapper(DatasetMapper):
         self,
         is_train: bool,
         *,
-        thing_sem_seg_ids: Sequence[int],
+        thing_sem_seg_ids: Mapping[int, int],
         ignore_label: int,
         **detectron2_args: Any,
     ) -> None:
         """
         Args:
             is_train: whether to make targets.
-            thing_sem_seg_ids: the semantic class of each thing category.
+            thing_sem_seg_ids: thing category -> semantic class, see
+                :func:`~panoptic_fpn_ext.data.label_space.thing_sem_seg_ids`.
             ignore_label: the semantic class of void, 0 to 255.
             detectron2_args: those of :class:`detectron2.data.DatasetMapper`.
         """
         super().__init__(is_train, **detectron2_args)
         if not 0 <= ignore_label <= 255:
             raise UserError(f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE {ignore_label}: must be 0 to 255")
-        self.thing_sem_seg_ids = tuple(thing_sem_seg_ids)
+        self.thing_sem_seg_ids = dict(thing_sem_seg_ids)
         self.ignore_label = ignore_label
 
     @classmethod
@@ -63,10 +65,14 @@ class PanopticFPNMapper(DatasetMapper):
         args = super().from_config(cfg, is_train)
         args["augmentations"] = augmentations
         args["ignore_label"] = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
-        args["thing_sem_seg_ids"] = ()
-        if is_train and cfg.DATASETS.TRAIN:
-            metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
-            args["thing_sem_seg_ids"] = metadata.get("thing_sem_seg_ids", ())
+        args["thing_sem_seg_ids"] = {}
+        names = cfg.DATASETS.TRAIN if is_train else cfg.DATASETS.TEST
+        if names:
+            try:
+                args["thing_sem_seg_ids"] = thing_sem_seg_ids(MetadataCatalog.get(names[0]))
+            except UserError:  # annotations that are not here, which predicting does not need
+                if is_train:
+                    raise
         return args
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
@@ -79,14 +85,20 @@ class PanopticFPNMapper(DatasetMapper):
             return super().__call__(dataset_dict)
         dataset_dict = dict(dataset_dict)
         image = read_image(dataset_dict, self.image_format)
+        # Records of Detectron2's own panoptic datasets lack these.
+        dataset_dict.setdefault("height", image.shape[0])
+        dataset_dict.setdefault("width", image.shape[1])
+        segments_info = with_isthing(dataset_dict["segments_info"], self.thing_sem_seg_ids)
         if not self.is_train:
+            dataset_dict["segments_info"] = segments_info
             dataset_dict.pop("annotations", None)
             aug_input = T.AugInput(image)
             transforms = self.augmentations(aug_input)
             self._add_image(dataset_dict, aug_input.image, transforms)
             return dataset_dict
 
-        png, segments_info = dataset_dict["pan_seg_file_name"], dataset_dict.pop("segments_info")
+        del dataset_dict["segments_info"]
+        png = dataset_dict["pan_seg_file_name"]
         index = index_segments(read_panoptic_png(png), segments_info, source=png)
         _check_size(png, index, dataset_dict)
         aug_input = PanopticAugInput(
@@ -210,7 +222,7 @@ def read_image(dataset_dict: dict[str, Any], image_format: str) -> np.ndarray:
     """Read the image of a record, (H, W, C) uint8.
 
     Raises:
-        UserError: it is missing or damaged, or not of the size that the record says.
+        UserError: it is missing or damaged, or not of the size that the record says, if it does.
     """
     file_name = dataset_dict["file_name"]
     try:
@@ -229,7 +241,8 @@ def read_image(dataset_dict: dict[str, Any], image_format: str) -> np.ndarray:
 
 
 def _check_size(file_name: str, image: np.ndarray, dataset_dict: dict[str, Any]) -> None:
-    height, width = dataset_dict["height"], dataset_dict["width"]
+    height = dataset_dict.get("height", image.shape[0])
+    width = dataset_dict.get("width", image.shape[1])
     if image.shape[:2] != (height, width):
         raise UserError(
             f"{file_name}: {image.shape[1]}x{image.shape[0]} pixels (width x height), but the "

@@ -76,7 +76,7 @@ def test_the_whole_mapper_equals_a_loop(
         "pan_seg_file_name": str(png),
         "segments_info": segments_info,
     }
-    things = (0, 0, 0) if label_space == "separated" else (3, 4, 5)
+    things = dict.fromkeys(range(3), 0) if label_space == "separated" else {0: 3, 1: 4, 2: 5}
     options = ["INPUT.RANDOM_FLIP", flip, "INPUT.COLOR_AUG_SSD", color]
     options += crop(*cropped, after_resize=after_resize, hold=hold) if cropped else []
     cfg = config("tiny", *options)
@@ -177,7 +177,7 @@ def test_a_crop_holds_an_instance_if_there_is_one(data, seed, cropped, after_res
 def _mapper(cfg):
     mapper = PanopticFPNMapper(
         is_train=True,
-        thing_sem_seg_ids=(0, 0),
+        thing_sem_seg_ids={0: 0, 1: 0},
         ignore_label=255,
         augmentations=build_augmentation(cfg, True),
         image_format="RGB",
