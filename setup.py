@@ -1,8 +1,10 @@
 """The package and the ranges it is meant to work in; requirements.txt pins what is tested."""
 
+import re
 import sys
 import sysconfig
 from importlib.metadata import distributions
+from pathlib import Path
 
 from setuptools import find_packages, setup
 
@@ -20,13 +22,16 @@ if "detectron2" not in INSTALLED:
         "`python tools/install_detectron2.py` first, or build Detectron2 from its source."
     )
 
+PACKAGE = Path(__file__).parent / "panoptic_fpn_ext" / "__init__.py"
+VERSION = re.search(r'^__version__ = "(.+)"$', PACKAGE.read_text("utf-8"), re.MULTILINE)[1]
+
 # OpenCV comes in packages that exclude each other: keep the one that is there.
 OPENCV = ("opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless")
 opencv = next((name for name in OPENCV if name in INSTALLED), "opencv-python")
 
 setup(
     name="panoptic_fpn_ext",
-    version="0.1.0",
+    version=VERSION,
     description="Panoptic FPN for Detectron2: training and evaluation on any panoptic dataset",
     license="Apache-2.0",
     packages=find_packages(include=["panoptic_fpn_ext", "panoptic_fpn_ext.*"]),
@@ -44,8 +49,8 @@ setup(
         "pycocotools>=2.0.6",
         "pyyaml>=5.1",
         "tabulate>=0.8",
-        "torch>=2.1",
-        "torchvision>=0.16",
+        "torch>=2.4",
+        "torchvision>=0.19",
         "tqdm>=4.60",
     ],
 )

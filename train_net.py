@@ -12,6 +12,7 @@ from panoptic_fpn_ext import UserError  # isort: skip  (says what to do without 
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
+from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
@@ -29,7 +30,9 @@ def main(args: argparse.Namespace, cfg: CfgNode) -> None:
         model = Trainer.build_model(cfg)
         checkpointer = PanopticFPNCheckpointer(model, cfg.OUTPUT_DIR, complete=True)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        Trainer.test(cfg, model)
+        results = Trainer.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
     else:
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)

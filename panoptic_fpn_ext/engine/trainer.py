@@ -4,13 +4,18 @@ import json
 import logging
 import os
 import weakref
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
-from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, TrainerBase
-from detectron2.engine.defaults import create_ddp_model
+from detectron2.data import (
+    build_detection_test_loader,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.engine import DefaultTrainer, HookBase, defaults
 from detectron2.evaluation import DatasetEvaluators
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
@@ -28,6 +33,7 @@ logging.getLogger("detectron2.engine.train_loop").addFilter(
 )
 
 OPTIMIZERS = {"SGD": torch.optim.SGD, "ADAMW": torch.optim.AdamW}
+CLIP_TYPES = ("value", "norm", "full_model")
 
 
 def optimizer_named(name: str) -> type[torch.optim.Optimizer]:
@@ -45,34 +51,40 @@ class Trainer(DefaultTrainer):
     """Trains on any panoptic dataset, on GPUs or CPUs, and writes the scores as JSON."""
 
     def __init__(self, cfg: CfgNode) -> None:
-        # As DefaultTrainer's, but its data parallel model wants a GPU.
-        TrainerBase.__init__(self)
-        self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
-        model = self.build_model(cfg)
-        optimizer = self.build_optimizer(cfg, model)
-        loader = self.build_train_loader(cfg)
-        ddp_args: dict[str, Any] = {"broadcast_buffers": False}
-        if not next(model.parameters()).is_cuda:
-            ddp_args["device_ids"] = None
-        if cfg.MODEL.PANOPTIC_FPN.TRAINING == "alternate":
-            ddp_args["find_unused_parameters"] = True  # those of the other task
-        model = create_ddp_model(model, **ddp_args)
-        step = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        self._trainer = step(model, loader, optimizer)
-        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = PanopticFPNCheckpointer(
-            model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+        # Detectron2's constructor wants a GPU in several processes, and leaves no method to
+        # override where it makes the model data parallel.
+        alternate = cfg.MODEL.PANOPTIC_FPN.TRAINING == "alternate"
+        create = partial(
+            defaults.create_ddp_model,
+            device_ids=None,  # where the model is
+            find_unused_parameters=alternate,  # those of the other task
         )
-        self.start_iter = 0
-        self.max_iter = cfg.SOLVER.MAX_ITER
-        self.register_hooks(self.build_hooks())
+        with mock.patch.object(defaults, "create_ddp_model", create):
+            super().__init__(cfg)
+
+    def build_hooks(self) -> list[HookBase | None]:
+        """Detectron2's hooks; what they save and resume is :class:`PanopticFPNCheckpointer`'s."""
+        self.checkpointer = PanopticFPNCheckpointer(
+            self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+        )
+        return super().build_hooks()
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer ``SOLVER.OPTIMIZER`` names."""
+        """The optimizer that ``SOLVER.OPTIMIZER`` names; it clips gradients before its step.
+
+        Beside Detectron2's ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE``, ``"value"`` and ``"norm"`` of each
+        parameter, there is ``"full_model"``: the norm of all gradients together.
+
+        Raises:
+            UserError: no such optimizer or type of clipping.
+        """
         optimizer_class = optimizer_named(cfg.SOLVER.OPTIMIZER)
-        if optimizer_class is torch.optim.SGD:
-            return super().build_optimizer(cfg, model)
+        clip = cfg.SOLVER.CLIP_GRADIENTS
+        if clip.ENABLED and clip.CLIP_TYPE not in CLIP_TYPES:
+            raise UserError(
+                f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE {clip.CLIP_TYPE!r}: allowed are {CLIP_TYPES}"
+            )
         params = get_default_optimizer_params(
             model,
             base_lr=cfg.SOLVER.BASE_LR,
@@ -80,14 +92,42 @@ class Trainer(DefaultTrainer):
             bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
             weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
         )
-        optimizer = maybe_add_gradient_clipping(cfg, optimizer_class)
-        return optimizer(
-            params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY, fused=True
+        if optimizer_class is torch.optim.SGD:
+            extra = {"momentum": cfg.SOLVER.MOMENTUM, "nesterov": cfg.SOLVER.NESTEROV}
+        else:
+            # In mixed precision a fused step gets scaled gradients: too late to clip them.
+            extra = {"fused": not clip.ENABLED}
+        optimizer = optimizer_class(
+            params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY, **extra
         )
+        if not (clip.ENABLED and clip.CLIP_TYPE == "full_model"):
+            return maybe_add_gradient_clipping(cfg, optimizer)
+        max_norm, norm_type = clip.CLIP_VALUE, clip.NORM_TYPE
+
+        def clip_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
+
+        optimizer.register_step_pre_hook(clip_gradients)
+        return optimizer
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        return build_detection_train_loader(cfg, mapper=PanopticFPNMapper(cfg, is_train=True))
+        mapper = PanopticFPNMapper(cfg, is_train=True)
+        if cfg.DATALOADER.SAMPLER_TRAIN != "RepeatFactorTrainingSampler":
+            return build_detection_train_loader(cfg, mapper=mapper)
+        # Detectron2's sampler counts annotations, which records of panoptic PNGs alone lack.
+        keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+        records = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else 0,
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+        )
+        counted = [{"annotations": _instances(record), "record": record} for record in records]
+        return build_detection_train_loader(
+            cfg, dataset=counted, mapper=lambda item: mapper(item["record"])
+        )
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
@@ -105,7 +145,9 @@ class Trainer(DefaultTrainer):
         Returns:
             The scores, as :meth:`DefaultTrainer.test`.
         """
-        results = super().test(cfg, model, evaluators)
+        # Data loaders draw a seed from the state that training goes on with.
+        with torch.random.fork_rng(devices=()):
+            results = super().test(cfg, model, evaluators)
         if comm.is_main_process():
             folder = os.path.join(cfg.OUTPUT_DIR, "inference")
             os.makedirs(folder, exist_ok=True)
@@ -115,6 +157,13 @@ class Trainer(DefaultTrainer):
                 json.dump({k: None if v != v else v for k, v in scores.items()}, file, indent=2)
             logging.getLogger(__name__).info("Scores written to %s", path)
         return results
+
+
+def _instances(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The instances of a record, dicts with a contiguous ``category_id``."""
+    if "annotations" in record:
+        return record["annotations"]
+    return [segment for segment in record["segments_info"] if segment["isthing"]]
 
 
 def _inference_folder(cfg: CfgNode, dataset_name: str) -> str:

@@ -1,0 +1,226 @@
+"""The trainer: its optimizers, its data, what it saves."""
+
+import logging
+from collections import Counter
+from itertools import islice
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from torch import nn
+
+from panoptic_fpn_ext import UserError, add_panoptic_fpn_config
+from panoptic_fpn_ext.engine import Trainer
+
+from ..data.tiny_dataset import TinyDataset
+
+CAR_CATEGORY, PERSON_CATEGORY = 7, 9  # of the tiny dataset
+LR, MOMENTUM, MAX_NORM, NORM_TYPE = 0.1, 0.8, 0.5, 3.0
+# Learning rate and weight decay of the parameters of `small_model`, as the config below has them.
+HYPERPARAMETERS = {
+    "0.weight": (LR, 0.1),
+    "0.bias": (2 * LR, 0.2),
+    "1.weight": (LR, 0.3),
+    "1.bias": (2 * LR, 0.2),
+}
+AMP_SCALE = 2.0**16
+
+
+def config(**solver):
+    cfg = get_cfg()
+    add_panoptic_fpn_config(cfg)
+    cfg.SOLVER.BASE_LR, cfg.SOLVER.MOMENTUM = LR, MOMENTUM
+    cfg.SOLVER.WEIGHT_DECAY, cfg.SOLVER.WEIGHT_DECAY_BIAS = 0.1, 0.2
+    cfg.SOLVER.WEIGHT_DECAY_NORM, cfg.SOLVER.BIAS_LR_FACTOR = 0.3, 2.0
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = MAX_NORM
+    cfg.SOLVER.CLIP_GRADIENTS.NORM_TYPE = NORM_TYPE
+    for key, value in solver.items():
+        cfg.SOLVER[key] = value
+    return cfg
+
+
+def small_model() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.Linear(2, 2))
+    model[2].requires_grad_(False)
+    return model
+
+
+def gradients(passes: int) -> list[list[dict[str, torch.Tensor]]]:
+    """Of each of 4 steps, of each backward pass before it, by parameter; some are clipped."""
+    shapes = {n: p.shape for n, p in small_model().named_parameters() if n in HYPERPARAMETERS}
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(scale: float) -> dict[str, torch.Tensor]:
+        return {n: scale * torch.randn(s, generator=generator) for n, s in shapes.items()}
+
+    return [[draw(scale) for _ in range(passes)] for scale in (0.05, 1.0, 3.0, 0.4)]
+
+
+def clipped(grads: dict[str, torch.Tensor], clipping: str) -> dict[str, torch.Tensor]:
+    if clipping == "off":
+        return grads
+    if clipping == "value":
+        return {name: grad.clamp(-MAX_NORM, MAX_NORM) for name, grad in grads.items()}
+
+    def norm(*of: torch.Tensor) -> float:
+        return sum((grad.abs() ** NORM_TYPE).sum().item() for grad in of) ** (1 / NORM_TYPE)
+
+    norms = {name: norm(grad) for name, grad in grads.items()}
+    if clipping == "full_model":
+        norms = dict.fromkeys(grads, norm(*grads.values()))
+    return {name: grad * min(1.0, MAX_NORM / norms[name]) for name, grad in grads.items()}
+
+
+def reference(optimizer: str, clipping: str, steps, nesterov=False) -> dict[str, torch.Tensor]:
+    """The parameters after the steps, by the papers' formulas."""
+    parameters = {n: p.detach().clone() for n, p in small_model().named_parameters()}
+    first = {n: torch.zeros_like(p) for n, p in parameters.items()}
+    second = {n: torch.zeros_like(p) for n, p in parameters.items()}
+    for step, passes in enumerate(steps, start=1):
+        grads = {name: sum(grads[name] for grads in passes) for name in passes[0]}
+        for name, grad in clipped(grads, clipping).items():
+            lr, decay = HYPERPARAMETERS[name]
+            if optimizer == "SGD":
+                grad = grad + decay * parameters[name]
+                first[name] = MOMENTUM * first[name] + grad
+                change = grad + MOMENTUM * first[name] if nesterov else first[name]
+                parameters[name] = parameters[name] - lr * change
+                continue
+            first[name] = 0.9 * first[name] + 0.1 * grad
+            second[name] = 0.999 * second[name] + 0.001 * grad**2
+            mean, square = first[name] / (1 - 0.9**step), second[name] / (1 - 0.999**step)
+            parameters[name] = parameters[name] * (1 - lr * decay)
+            parameters[name] = parameters[name] - lr * mean / (square.sqrt() + 1e-8)
+    return parameters
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("clipping", ["off", "value", "norm", "full_model"])
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("optimizer_name", ["SGD", "ADAMW"])
+def test_optimizers_make_the_steps_of_their_formulas(optimizer_name, amp, clipping, passes):
+    nesterov = passes == 2
+    cfg = config(OPTIMIZER=optimizer_name, NESTEROV=nesterov)
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = clipping != "off"
+    if clipping != "off":
+        cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = clipping
+    model = small_model()
+    optimizer = Trainer.build_optimizer(cfg, model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=AMP_SCALE, enabled=amp)
+    steps = gradients(passes)
+
+    def step(grads: list[dict[str, torch.Tensor]]) -> None:
+        """As Detectron2's trainers; the gradients of the loss are those given."""
+        optimizer.zero_grad()
+        for passed in grads:
+            named = dict(model.named_parameters())
+            loss = sum((named[name] * grad).sum() for name, grad in passed.items())
+            scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    for number, grads in enumerate(steps):
+        if amp and number == 1:
+            before = {name: p.detach().clone() for name, p in model.named_parameters()}
+            infinite = {**grads[0], "1.bias": torch.full_like(grads[0]["1.bias"], torch.inf)}
+            step([*grads[1:], infinite])
+            for name, p in model.named_parameters():
+                assert torch.equal(p, before[name]), name
+            assert scaler.get_scale() == AMP_SCALE / 2
+        step(grads)
+
+    expected = reference(optimizer_name, clipping, steps, nesterov)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), expected[name], atol=1e-5, rtol=1e-5)
+
+
+def test_clipping_changes_the_steps_of_the_test_above():
+    steps = gradients(1)
+    for optimizer in ("SGD", "ADAMW"):
+        found = [reference(optimizer, c, steps) for c in ("off", "value", "norm", "full_model")]
+        for k, one in enumerate(found):
+            for other in found[:k]:
+                assert (one["0.weight"] - other["0.weight"]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(("key", "value"), [("OPTIMIZER", "LION"), ("CLIP_TYPE", "length")])
+def test_what_there_is_not_is_one_line(key, value):
+    cfg = config()
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    (cfg.SOLVER if key == "OPTIMIZER" else cfg.SOLVER.CLIP_GRADIENTS)[key] = value
+    with pytest.raises(UserError, match=rf"SOLVER\..*{key} '{value}': allowed are .") as error:
+        Trainer.build_optimizer(cfg, small_model())
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def training_cfg(shapes, ext_cfg, tmp_path, caplog):
+    """Training on the tiny Shapes."""
+    caplog.set_level(logging.INFO, "detectron2")  # else the trainer sets up logging, for good
+    cfg = ext_cfg
+    add_panoptic_fpn_config(cfg)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 5, 6
+    cfg.DATASETS.TRAIN = ("shapes_train",)
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MASK_FORMAT = (64,), "bitmask"
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER, cfg.SOLVER.BASE_LR = 2, 1, 1e-3
+    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.OUTPUT_DIR = str(tmp_path)
+    return cfg
+
+
+def test_a_training_is_resumed_but_not_with_other_classes(training_cfg, tmp_path):
+    Trainer(training_cfg).train()
+    trainer = Trainer(training_cfg)
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 1
+    cfg = training_cfg
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 2
+    with TinyDataset(tmp_path / "tiny").registered() as name:
+        cfg.DATASETS.TRAIN = (name,)
+        trainer = Trainer(cfg)
+        with pytest.raises(UserError, match=r"model_final\.pth: .* is for 5 thing classes, but"):
+            trainer.resume_or_load(resume=True)
+
+
+@pytest.mark.parametrize("instances", [False, True])
+@pytest.mark.parametrize("square_root", [True, False])
+def test_images_with_rare_things_are_repeated(training_cfg, tmp_path, square_root, instances):
+    """One image of 8 has a person; by LVIS's formula it comes twice or four times an epoch."""
+    cfg = training_cfg
+    cfg.SOLVER.IMS_PER_BATCH = 1
+    cfg.DATALOADER.SAMPLER_TRAIN = "RepeatFactorTrainingSampler"
+    cfg.DATALOADER.REPEAT_THRESHOLD = 0.5
+    if "REPEAT_SQRT" in cfg.DATALOADER:
+        cfg.DATALOADER.REPEAT_SQRT = square_root
+    elif not square_root:
+        pytest.skip("a key of Detectron2's main")
+    dataset = TinyDataset(tmp_path / "tiny", num_images=8)
+    for annotation in (*dataset.panoptic["annotations"], *dataset.instances["annotations"]):
+        for labelled in annotation.get("segments_info", [annotation]):
+            if annotation["image_id"] > 1 and labelled["category_id"] == PERSON_CATEGORY:
+                labelled["category_id"] = CAR_CATEGORY
+    dataset.write()
+    repeats = 2 if square_root else 4
+    with dataset.registered(instances) as name:
+        cfg.DATASETS.TRAIN = (name,)
+        batches = islice(Trainer.build_train_loader(cfg), 2 * (7 + repeats))
+        times = Counter(record["image_id"] for (record,) in batches)
+    assert times == {1: 2 * repeats, **dict.fromkeys(range(2, 9), 2)}
+
+
+def test_filtered_and_loaded_as_with_other_samplers(training_cfg, tmp_path):
+    """Repeating leaves Detectron2's other keys of the data as they are."""
+    cfg = training_cfg
+    cfg.DATALOADER.SAMPLER_TRAIN = "RepeatFactorTrainingSampler"
+    cfg.SOLVER.IMS_PER_BATCH = 1
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = True
+    dataset = TinyDataset(tmp_path / "tiny", num_images=3)
+    kept = [a for a in dataset.instances["annotations"] if a["image_id"] != 2]
+    dataset.instances["annotations"] = kept
+    dataset.write()
+    with dataset.registered(instances=True) as name:
+        cfg.DATASETS.TRAIN = (name,)
+        batches = [batch for (batch,) in islice(Trainer.build_train_loader(cfg), 4)]
+    assert {record["image_id"] for record in batches} == {1, 3}
+    assert all(len(record["instances"]) == 2 for record in batches)
