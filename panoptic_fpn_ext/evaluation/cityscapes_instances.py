@@ -7,20 +7,19 @@ They equal those of cityscapesscripts, whose program wants every prediction as a
 import logging
 import math
 import os
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from cityscapesscripts.helpers.labels import labels, name2label
-from detectron2.data import MetadataCatalog
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.data import Metadata
 from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 from ..errors import UserError
-from .common import check_size, gather_images, mean, pipe_table
+from .base import ImageEvaluator, Scores
+from .common import check_size, classes_table, mean, metrics_table
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +45,14 @@ class _Detections(NamedTuple):
     positives: np.ndarray
 
 
-class CityscapesInstanceEvaluator(DatasetEvaluator):
+class CityscapesInstanceEvaluator(ImageEvaluator[_Detections]):
     """AP of ``instances`` by the rules of Cityscapes, against the ``instanceIds`` PNGs.
 
     Works in one process or several, and gives the same numbers to the last digit however images
     are ordered and spread over processes. An image that comes twice counts once.
     """
+
+    output_key = "instances"
 
     def __init__(
         self,
@@ -70,180 +71,150 @@ class CityscapesInstanceEvaluator(DatasetEvaluator):
             gt_dir: folder of the ground truth, in which each city has one.
             distributed: gather the results of all processes; otherwise each evaluates its own.
         """
+        super().__init__(distributed=distributed)
         self._class_names = list(thing_classes)
         self._label_ids = tuple(label_ids)
         self._void_label_ids = frozenset(void_label_ids)
         self._gt_dir = str(gt_dir)
-        self._distributed = distributed
-        self.reset()
 
     @classmethod
-    def from_dataset(
-        cls, dataset_name: str, *, distributed: bool = True
-    ) -> "CityscapesInstanceEvaluator":
-        """The evaluator of a registered dataset that has the classes of Cityscapes."""
-        metadata = MetadataCatalog.get(dataset_name)
-        return cls(
-            thing_classes=metadata.thing_classes,
-            label_ids=[name2label[name].id for name in metadata.thing_classes],
-            void_label_ids=[label.id for label in labels if label.ignoreInEval],
-            gt_dir=metadata.gt_dir,
-            distributed=distributed,
-        )
+    def dataset_arguments(cls, metadata: Metadata) -> dict[str, Any]:
+        return {
+            "thing_classes": metadata.thing_classes,
+            "label_ids": [name2label[name].id for name in metadata.thing_classes],
+            "void_label_ids": [label.id for label in labels if label.ignoreInEval],
+            "gt_dir": metadata.gt_dir,
+        }
 
-    def reset(self) -> None:
-        self._images: dict[str, _Detections] = {}
-
-    def process(
-        self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]
-    ) -> None:
-        """Compare the instances of some images with the true ones.
+    def evaluate_image(
+        self, record: Mapping[str, Any], prediction: Instances, source: str
+    ) -> _Detections:
+        """Compare the instances of an image with the true ones.
 
         Args:
-            inputs: dataset dicts with ``file_name`` and ``image_id``, such as
-                ``"ulm_000000_000019"``.
-            outputs: dicts with ``instances``: ``pred_masks`` (N, H, W), ``pred_classes``,
-                ``scores``.
+            record: dataset dict with ``image_id``, such as ``"ulm_000000_000019"``.
+            prediction: ``instances``: ``pred_masks`` (N, H, W), ``pred_classes``, ``scores``.
 
         Raises:
             UserError: an ``instanceIds`` PNG cannot be read, or a prediction is not of its size.
         """
-        for record, output in zip(inputs, outputs, strict=True):
-            image_id = record["image_id"]
-            if image_id in self._images:
-                continue
-            if "instances" not in output:
-                raise UserError(
-                    f"the prediction for {record['file_name']} has no instances, only "
-                    f"{sorted(output)}"
-                )
-            city = image_id.partition("_")[0]
-            gt_source = os.path.join(self._gt_dir, city, f"{image_id}_gtFine_instanceIds.png")
-            gt = _read_instance_ids(gt_source)
-            instances = output["instances"]
-            check_size(record, instances.pred_masks.shape[1:], gt_source, gt.shape)
-            self._images[image_id] = self._compare(gt, instances)
+        image_id = record["image_id"]
+        city = image_id.partition("_")[0]
+        gt_source = os.path.join(self._gt_dir, city, f"{image_id}_gtFine_instanceIds.png")
+        gt = _read_instance_ids(gt_source)
+        check_size(source, prediction.pred_masks.shape[1:], gt_source, gt.shape)
+        return self._compare(gt, prediction)
 
     def _compare(self, gt: np.ndarray, instances: Instances) -> _Detections:
         """Compare detections with a map of instance ids, (H, W)."""
-        pixels = np.bincount(gt.reshape(-1))
-        ids = np.flatnonzero(pixels)
-        areas = pixels[ids]
-        place = np.zeros(len(pixels), dtype=np.uint16)
-        place[ids] = np.arange(len(ids))
-        intersections = _pixels_per_value(place[gt], len(ids), instances.pred_masks.cpu().numpy())
+        pixels_of_id = np.bincount(gt.reshape(-1))
+        ids = np.flatnonzero(pixels_of_id)
+        areas = pixels_of_id[ids]
+        number_of_id = np.zeros(len(pixels_of_id), dtype=np.uint16)
+        number_of_id[ids] = np.arange(len(ids))
+        masks = instances.pred_masks.cpu().numpy()
+        intersections = _count_values(number_of_id[gt], len(ids), masks)  # (N, ids)
 
         # An id is label * 1000 + number for an instance, the label for all else.
         is_instance = ids >= 1000
         evaluated = is_instance & (areas >= MIN_INSTANCE_AREA)
-        ids_label = np.where(is_instance, ids // 1000, ids)
-        positives = [np.count_nonzero(evaluated & (ids_label == i)) for i in self._label_ids]
+        gt_labels = np.where(is_instance, ids // 1000, ids)
+        positives = [np.count_nonzero(evaluated & (gt_labels == i)) for i in self._label_ids]
 
-        found = intersections.any(axis=1)
-        intersections = intersections[found]
-        category = instances.pred_classes.cpu().numpy()[found]
-        score = instances.scores.cpu().double().numpy()[found]
+        not_empty = intersections.any(axis=1)
+        intersections = intersections[not_empty]
+        category = instances.pred_classes.cpu().numpy()[not_empty]
+        score = instances.scores.cpu().double().numpy()[not_empty]
         area = intersections.sum(axis=1)
-        same_label = ids_label == np.array(self._label_ids)[category][:, None]
+        same_label = gt_labels == np.array(self._label_ids)[category][:, None]
         union = areas + area[:, None] - intersections
         ious = np.where(same_label, intersections / union, 0.0)
-        best = ious.argmax(axis=1)
+        best_gt = ious.argmax(axis=1)
         # A small group is ignored twice, as in cityscapesscripts.
-        times = (~is_instance).astype(int) + (areas < MIN_INSTANCE_AREA)
-        ignored = np.isin(ids, list(self._void_label_ids)) + same_label * times
+        times_ignored = (~is_instance).astype(int) + (areas < MIN_INSTANCE_AREA)
+        ignored = np.isin(ids, list(self._void_label_ids)) + same_label * times_ignored
         return _Detections(
             category=category,
             score=score,
             iou=ious.max(axis=1),
-            gt=np.where(evaluated[best], best, -1),
+            gt=np.where(evaluated[best_gt], best_gt, -1),
             ignored=(ignored * intersections).sum(axis=1) / area,
             positives=np.array(positives),
         )
 
-    def evaluate(self) -> OrderedDict[str, dict[str, float]] | None:
+    def summarize(self, images: Mapping[Any, _Detections]) -> Scores:
         """The average precisions of all images, in percent.
 
         Returns:
             ``{"segm": {...}}`` with ``AP``, ``AP50``, ``AP-<name>`` and ``AP50-<name>``; nan for a
-            class without a true instance, which the averages leave out. None in all processes but
-            the first.
+            class without a true instance, which the averages leave out.
         """
-        images = gather_images(self._images, distributed=self._distributed)
-        if images is None:
-            return None
-
         precisions = np.full((len(self._class_names), len(OVERLAPS)), np.nan)
         if images:
-            whole = _concatenate(list(images.values()))
-            for k in np.flatnonzero(whole.positives):
+            detections = _concatenate(list(images.values()))
+            for k in np.flatnonzero(detections.positives):
                 for j, overlap in enumerate(OVERLAPS):
-                    precisions[k, j] = 100 * _average_precision(whole, k, overlap)
-        per_class = list(zip(self._class_names, precisions.tolist(), strict=True))
-        result = {
+                    precisions[k, j] = 100 * _average_precision(detections, k, overlap)
+        by_class = list(zip(self._class_names, precisions.tolist(), strict=True))
+        scores = {
             "AP": mean(precisions.reshape(-1)),
             "AP50": mean(precisions[:, 0]),
-            **{f"AP-{name}": math.fsum(row) / len(row) for name, row in per_class},
-            **{f"AP50-{name}": row[0] for name, row in per_class},
+            **{f"AP-{name}": math.fsum(row) / len(row) for name, row in by_class},
+            **{f"AP50-{name}": row[0] for name, row in by_class},
         }
-        self._log(result)
-        return OrderedDict({"segm": result})
-
-    def _log(self, result: Mapping[str, float]) -> None:
-        logger.info(
-            "Cityscapes Instance Segmentation Evaluation Results:\n"
-            + pipe_table(("AP", "AP50"), [[result["AP"], result["AP50"]]])
-        )
-        rows = [(name, result[f"AP-{name}"], result[f"AP50-{name}"]) for name in self._class_names]
-        logger.info(
-            "Per-class Cityscapes Instance Segmentation Evaluation Results:\n"
-            + pipe_table(("class", "AP", "AP50"), rows)
-        )
+        title = "Cityscapes Instance Segmentation Evaluation Results:\n"
+        metrics = ("AP", "AP50")
+        logger.info(title + metrics_table(scores, metrics))
+        logger.info("Per-class " + title + classes_table(scores, metrics, self._class_names))
+        return {"segm": scores}
 
 
 def _concatenate(images: Sequence[_Detections]) -> _Detections:
     """The detections of several images as one; true instances are numbered throughout."""
     columns = {name: np.concatenate([getattr(i, name) for i in images]) for name in _PER_DETECTION}
-    number = np.repeat(np.arange(len(images)), [len(i.gt) for i in images])
-    most = max((i.gt.max(initial=-1) for i in images), default=-1) + 1
-    columns["gt"] = np.where(columns["gt"] >= 0, number * most + columns["gt"], -1)
+    image_number = np.repeat(np.arange(len(images)), [len(i.gt) for i in images])
+    numbers_per_image = max(i.gt.max(initial=-1) for i in images) + 1
+    gt = columns["gt"]
+    columns["gt"] = np.where(gt >= 0, image_number * numbers_per_image + gt, -1)
     return _Detections(**columns, positives=np.sum([i.positives for i in images], axis=0))
 
 
 _PER_DETECTION = [name for name in _Detections._fields if name != "positives"]
 
 
-def _average_precision(whole: _Detections, category: int, overlap: float) -> float:
+def _average_precision(detections: _Detections, category: int, overlap: float) -> float:
     """The area under the precision-recall curve, by the trapezoid rule."""
-    of_class = whole.category == category
+    of_class = detections.category == category
     score, iou, gt, ignored = (
-        column[of_class] for column in (whole.score, whole.iou, whole.gt, whole.ignored)
+        column[of_class]
+        for column in (detections.score, detections.iou, detections.gt, detections.ignored)
     )
-    hit = iou > overlap
+    overlaps = iou > overlap
     # Of several detections of one true instance the best is right, and the others are wrong.
-    matched = np.flatnonzero(hit & (gt >= 0))
+    matched = np.flatnonzero(overlaps & (gt >= 0))
     matched = matched[np.lexsort((-score[matched], gt[matched]))]
-    right = np.ones(len(matched), dtype=bool)
-    right[1:] = gt[matched][1:] != gt[matched][:-1]
-    wrong = np.flatnonzero(~hit & (ignored <= overlap))
+    is_best = np.ones(len(matched), dtype=bool)
+    is_best[1:] = gt[matched][1:] != gt[matched][:-1]
+    unmatched = np.flatnonzero(~overlaps & (ignored <= overlap))
 
-    scores = np.concatenate((score[matched], score[wrong]))
-    right = np.concatenate((right, np.zeros(len(wrong), dtype=bool)))
+    scores = np.concatenate((score[matched], score[unmatched]))
+    right = np.concatenate((is_best, np.zeros(len(unmatched), dtype=bool)))
     order = np.argsort(-scores)
-    scores, right = scores[order], np.cumsum(right[order])
+    scores, num_right = scores[order], np.cumsum(right[order])
     # Detections of one score stand or fall together.
     last = np.flatnonzero(np.append(scores[1:] != scores[:-1], True)) if len(scores) else order
-    precision = np.concatenate(([1.0], right[last] / (last + 1)))
-    recall = np.concatenate(([0.0], right[last] / whole.positives[category]))
+    precision = np.concatenate(([1.0], num_right[last] / (last + 1)))
+    recall = np.concatenate(([0.0], num_right[last] / detections.positives[category]))
     return float((np.diff(recall) * (precision[1:] + precision[:-1]) / 2).sum())
 
 
-def _pixels_per_value(values: np.ndarray, num_values: int, masks: np.ndarray) -> np.ndarray:
+def _count_values(values: np.ndarray, num_values: int, masks: np.ndarray) -> np.ndarray:
     """How many pixels of each value, of a map (H, W), lie in each mask (N, H, W): (N, values)."""
     pixels = np.zeros((len(masks), num_values), dtype=np.int64)
     for row, mask in zip(pixels, masks.astype(bool, copy=False), strict=True):
-        lines = np.flatnonzero(mask.any(axis=1))
-        if len(lines):
-            window = slice(lines[0], lines[-1] + 1)
+        mask_rows = np.flatnonzero(mask.any(axis=1))
+        if len(mask_rows):
+            window = slice(mask_rows[0], mask_rows[-1] + 1)
             row[:] = np.bincount(values[window][mask[window]], minlength=num_values)
     return pixels
 

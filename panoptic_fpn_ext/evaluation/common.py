@@ -1,44 +1,15 @@
-"""What the evaluators share: gathering from processes, checks, averages, tables in logs."""
+"""What several evaluators share: checks, averages, tables in logs."""
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from detectron2.utils import comm
 from tabulate import tabulate
 
 from ..errors import UserError
 
-Part = TypeVar("Part")
 
-
-def gather(part: Part, *, distributed: bool) -> list[Part] | None:
-    """The parts of all processes, in the first of them; None in the others.
-
-    Args:
-        part: what this process has counted; must be picklable.
-        distributed: without, this process's part is all.
-    """
-    if not distributed:
-        return [part]
-    comm.synchronize()
-    parts = comm.gather(part)
-    return parts if comm.is_main_process() else None
-
-
-def gather_images(
-    images: Mapping[Hashable, Part], *, distributed: bool
-) -> dict[Hashable, Part] | None:
-    """As :func:`gather`, of results by image: each image once."""
-    parts = gather(images, distributed=distributed)
-    if parts is None:
-        return None
-    return {key: image for part in parts for key, image in part.items()}
-
-
-def check_size(
-    record: Mapping[str, Any], size: Sequence[int], gt_source: str, gt_size: Sequence[int]
-) -> None:
+def check_size(source: str, size: Sequence[int], gt_source: str, gt_size: Sequence[int]) -> None:
     """Hold the size of a prediction against that of its ground truth, both (height, width).
 
     Raises:
@@ -46,8 +17,8 @@ def check_size(
     """
     if tuple(size) != tuple(gt_size):
         raise UserError(
-            f"the prediction for {record['file_name']} is {size[0]} x {size[1]} pixels "
-            f"(height x width), but {gt_source} is {gt_size[0]} x {gt_size[1]}"
+            f"{source} is {size[0]} x {size[1]} pixels (height x width), "
+            f"but {gt_source} is {gt_size[0]} x {gt_size[1]}"
         )
 
 
@@ -62,3 +33,16 @@ def pipe_table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return tabulate(
         rows, headers=headers, tablefmt="pipe", floatfmt=".3f", stralign="center", numalign="center"
     )
+
+
+def metrics_table(scores: Mapping[str, float], metrics: Sequence[str]) -> str:
+    """A table of some metrics, in one row."""
+    return pipe_table(metrics, [[scores[metric] for metric in metrics]])
+
+
+def classes_table(
+    scores: Mapping[str, float], metrics: Sequence[str], names: Iterable[str], kind: str = "class"
+) -> str:
+    """A table of ``<metric>-<name>`` of each class, empty where there is none."""
+    rows = [(name, *(scores.get(f"{metric}-{name}") for metric in metrics)) for name in names]
+    return pipe_table((kind, *metrics), rows)

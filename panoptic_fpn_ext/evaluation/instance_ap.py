@@ -2,15 +2,13 @@
 
 import logging
 import math
-from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
-from detectron2.data import MetadataCatalog
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.data import Metadata
 from detectron2.structures import BoxMode, Instances
 from detectron2.utils.logger import create_small_table
 from faster_coco_eval import COCO, COCOeval_faster
@@ -18,7 +16,8 @@ from faster_coco_eval import COCO, COCOeval_faster
 from ..data.coco_json import instances_faults, raise_first, read_json
 from ..data.targets import index_segments
 from ..errors import UserError
-from .common import gather_images, pipe_table
+from .base import ImageEvaluator, Scores
+from .common import check_size, pipe_table
 from .panoptic_maps import read_ground_truth
 from .rle import encode_masks
 
@@ -86,13 +85,15 @@ def instance_annotations(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     return annotations
 
 
-class InstanceAPEvaluator(DatasetEvaluator):
+class InstanceAPEvaluator(ImageEvaluator[ImageInstances]):
     """Box and mask AP of ``instances``, with the keys and values of Detectron2's COCOEvaluator.
 
     The images that were processed are evaluated, one that comes twice once. Works in one process
     or several, and gives the same numbers to the last digit however images are ordered and spread
     over processes. Masks are kept run-length encoded, in memory.
     """
+
+    output_key = "instances"
 
     def __init__(
         self,
@@ -110,111 +111,84 @@ class InstanceAPEvaluator(DatasetEvaluator):
             dataset_id_to_contiguous_id: the category ids of ``json_file`` and the contiguous ones.
             distributed: gather the results of all processes; otherwise each evaluates its own.
         """
+        super().__init__(distributed=distributed)
         self._class_names = list(thing_classes)
         self._json_file = json_file
         self._dataset_id_to_contiguous_id = dict(dataset_id_to_contiguous_id or {})
-        self._distributed = distributed
-        self.reset()
 
     @classmethod
-    def from_dataset(cls, dataset_name: str, *, distributed: bool = True) -> "InstanceAPEvaluator":
-        """The evaluator of a registered dataset, from its metadata."""
-        metadata = MetadataCatalog.get(dataset_name)
-        return cls(
-            thing_classes=metadata.thing_classes,
-            json_file=metadata.get("json_file", None),
-            dataset_id_to_contiguous_id=metadata.thing_dataset_id_to_contiguous_id,
-            distributed=distributed,
-        )
+    def dataset_arguments(cls, metadata: Metadata) -> dict[str, Any]:
+        return {
+            "thing_classes": metadata.thing_classes,
+            # Not by attribute: Detectron2 is given a file made of the panoptic PNGs in its place.
+            "json_file": metadata.as_dict().get("json_file"),
+            "dataset_id_to_contiguous_id": metadata.thing_dataset_id_to_contiguous_id,
+        }
 
-    def reset(self) -> None:
-        self._images: dict[Hashable, ImageInstances] = {}
-
-    def process(
-        self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]
-    ) -> None:
-        """Keep the predicted and, where they are in panoptic PNGs, the true instances of images.
+    def evaluate_image(
+        self, record: Mapping[str, Any], prediction: Instances, source: str
+    ) -> ImageInstances:
+        """The predicted and, where they are in a panoptic PNG, the true instances of an image.
 
         Args:
-            inputs: dataset dicts with ``file_name``, ``image_id``, ``height`` and ``width`` and,
-                without ``json_file``, ``pan_seg_file_name`` and ``segments_info``.
-            outputs: dicts with ``instances``: Instances on any device with ``pred_boxes``,
-                ``scores``, ``pred_classes`` and, for mask AP, ``pred_masks`` (N, H, W).
+            record: dataset dict with ``image_id``, ``height`` and ``width`` and, without
+                ``json_file``, ``pan_seg_file_name`` and ``segments_info``.
+            prediction: ``instances``: with ``pred_boxes``, ``scores``, ``pred_classes`` and, for
+                mask AP, ``pred_masks`` (N, H, W).
 
         Raises:
             UserError: see :func:`instance_annotations`; also a prediction of another size than
                 its image or of an unknown category.
         """
-        for record, output in zip(inputs, outputs, strict=True):
-            if record["image_id"] in self._images:
-                continue
-            instances = self._checked(record, output)
-            masks = None
-            if instances.has("pred_masks"):
-                masks = instances.pred_masks.bool().cpu().numpy()
-                masks = [rle["counts"] for rle in encode_masks(masks)]
-            boxes = instances.pred_boxes.tensor
-            self._images[record["image_id"]] = ImageInstances(
-                size=(record["height"], record["width"]),
-                boxes=BoxMode.convert(boxes, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS).cpu().numpy(),
-                scores=instances.scores.cpu().numpy(),
-                classes=instances.pred_classes.cpu().numpy(),
-                masks=masks,
-                annotations=None if self._json_file else instance_annotations(record),
-            )
-
-    def evaluate(self) -> OrderedDict[str, dict[str, float]] | None:
-        """The average precisions over all images, in percent.
-
-        Returns:
-            ``{"bbox": {...}, "segm": {...}}``, the second only where masks are predicted, with
-            ``AP``, ``AP50``, ``AP75``, ``APs``, ``APm``, ``APl`` and ``AP-<name>`` for each thing
-            category; nan where there is no ground truth and, as in Detectron2, where the model
-            predicts nothing at all. Nothing for a dataset without things. None in all processes
-            but the first.
-
-        Raises:
-            UserError: ``json_file`` is not what it should be.
-        """
-        images = gather_images(self._images, distributed=self._distributed)
-        if images is None:
-            return None
-        if not self._class_names:
-            return OrderedDict()
-
-        # Equal scores are ranked by image: always in the order of their ids, as in pycocotools.
-        images = dict(sorted(images.items()))
-        tasks = ["bbox"]
-        if any(image.masks is not None for image in images.values()):
-            tasks.append("segm")
-        ground_truth = self._ground_truth(images, tasks)
-        results: OrderedDict[str, dict[str, float]] = OrderedDict()
-        for task in tasks:
-            detections = _detections(images.values(), task)
-            results[task] = self._average_precisions(ground_truth, detections, task)
-            self._log(task, results[task], len(images))
-        return results
-
-    def _checked(self, record: Mapping[str, Any], output: Mapping[str, Any]) -> Instances:
-        """The instances of a prediction."""
-        source = f"the prediction for {record['file_name']}"
-        if "instances" not in output:
-            raise UserError(f"{source} has no instances, only {sorted(output)}")
-        instances = output["instances"]
-        if instances.image_size != (record["height"], record["width"]):
-            height, width = instances.image_size
-            raise UserError(
-                f"{source} is {height} x {width} pixels (height x width), but its image "
-                f"{record['height']} x {record['width']}"
-            )
-        classes = instances.pred_classes
+        size = record["height"], record["width"]
+        check_size(source, prediction.image_size, "its image", size)
+        classes = prediction.pred_classes
         if len(classes) and not 0 <= classes.min() <= classes.max() < len(self._class_names):
             raise UserError(
                 f"{source} has pred_classes {int(classes.min())}..{int(classes.max())}, but the "
                 f"dataset has {len(self._class_names)} thing categories; set "
                 "MODEL.ROI_HEADS.NUM_CLASSES"
             )
-        return instances
+        masks = None
+        if prediction.has("pred_masks"):
+            rles = encode_masks(prediction.pred_masks.bool().cpu().numpy())
+            masks = [rle["counts"] for rle in rles]
+        boxes = prediction.pred_boxes.tensor
+        return ImageInstances(
+            size=size,
+            boxes=BoxMode.convert(boxes, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS).cpu().numpy(),
+            scores=prediction.scores.cpu().numpy(),
+            classes=classes.cpu().numpy(),
+            masks=masks,
+            annotations=None if self._json_file else instance_annotations(record),
+        )
+
+    def summarize(self, images: Mapping[tuple[Hashable, str], ImageInstances]) -> Scores:
+        """The average precisions over all images, in percent.
+
+        Returns:
+            ``{"bbox": {...}, "segm": {...}}``, the second only where masks are predicted, with
+            ``AP``, ``AP50``, ``AP75``, ``APs``, ``APm``, ``APl`` and ``AP-<name>`` for each thing
+            category; nan where there is no ground truth and, as in Detectron2, where the model
+            predicts nothing at all. Nothing for a dataset without things.
+
+        Raises:
+            UserError: ``json_file`` is not what it should be.
+        """
+        if not self._class_names:
+            return {}
+        # Equal scores are ranked by image: always in the order of their ids, as in pycocotools.
+        by_id = {image_id: image for (image_id, _), image in sorted(images.items())}
+        tasks = ["bbox"]
+        if any(image.masks is not None for image in by_id.values()):
+            tasks.append("segm")
+        ground_truth = self._ground_truth(by_id, tasks)
+        scores = {}
+        for task in tasks:
+            detections = _detections(by_id.values(), task)
+            scores[task] = self._average_precisions(ground_truth, detections, task)
+            self._log(task, scores[task], len(by_id))
+        return scores
 
     def _ground_truth(
         self, images: Mapping[Hashable, ImageInstances], tasks: Sequence[str]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from .common import check_size
 from .panoptic_maps import joint_runs
 
 Category = tuple[bool, int]
@@ -91,11 +92,7 @@ def match_segments(
     Raises:
         UserError: the two maps differ in size, or a map and its list differ in segments.
     """
-    if gt_ids.shape != pred_ids.shape:
-        raise UserError(
-            f"{pred_source} is {_size(pred_ids)} pixels (height x width), "
-            f"but {gt_source} is {_size(gt_ids)}"
-        )
+    check_size(pred_source, pred_ids.shape, gt_source, gt_ids.shape)
     gt_values, pred_values, lengths = joint_runs(gt_ids, pred_ids)
     rows = _segment_numbers(gt_values, gt_segments, gt_source)
     columns = _segment_numbers(pred_values, pred_segments, pred_source)
@@ -166,19 +163,15 @@ def _segment_numbers(
     positions = np.minimum(np.searchsorted(ids, values), len(ids) - 1)
     unknown = values[ids[positions] != values]
     if len(unknown):
-        raise UserError(f"{source}: pixels with ids that segments_info lacks: {_some(unknown)}")
+        raise UserError(f"{source}: pixels with ids that segments_info lacks: {_listed(unknown)}")
     found = np.bincount(positions, minlength=len(ids)) > 0
     absent = ids[~found & (ids != 0)]
     if len(absent):
-        raise UserError(f"{source}: segments_info has ids that no pixel has: {_some(absent)}")
+        raise UserError(f"{source}: segments_info has ids that no pixel has: {_listed(absent)}")
     return order[positions]
 
 
-def _some(ids: np.ndarray) -> str:
-    """Ids for an error: the first few."""
+def _listed(ids: np.ndarray) -> str:
+    """The first few of some ids, for an error."""
     ids = np.unique(ids)
     return ", ".join(map(str, ids[:5])) + (", ..." if len(ids) > 5 else "")
-
-
-def _size(ids: np.ndarray) -> str:
-    return " x ".join(map(str, ids.shape))

@@ -1,36 +1,59 @@
 """Semantic segmentation metrics against panoptic ground truth, with no semantic PNGs needed."""
 
 import logging
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-from detectron2.data import MetadataCatalog
-from detectron2.evaluation import DatasetEvaluator
+import torch
+from detectron2.data import Metadata
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
+from ..data.label_space import thing_sem_seg_ids
 from ..data.targets import sem_seg_from_panoptic
 from ..errors import UserError
 from ..layers.argmax import argmax_classes
-from .common import check_size, gather, pipe_table
+from .base import ImageEvaluator, Scores
+from .common import check_size, classes_table, metrics_table
 from .panoptic_maps import joint_counts, read_ground_truth
 
 logger = logging.getLogger(__name__)
 
 
-class SemSegIoUEvaluator(DatasetEvaluator):
-    """IoU and accuracy of ``sem_seg``, with the keys and values of Detectron2's SemSegEvaluator.
+class ConfusionCells(NamedTuple):
+    """The cells of an image's confusion matrix that are not 0, few of them all; arrays (N,).
 
-    Works in one process or several. Only a confusion matrix is kept.
+    ``cells`` is their places in the flattened matrix, [true, predicted], ``pixels`` their values.
     """
+
+    cells: np.ndarray
+    pixels: np.ndarray
+
+    @classmethod
+    def of(cls, confusion: np.ndarray) -> "ConfusionCells":
+        cells = np.flatnonzero(confusion)
+        return cls(cells, confusion.reshape(-1)[cells])
+
+
+class SemSegIoUEvaluator(ImageEvaluator[ConfusionCells]):
+    """IoU and accuracy of ``sem_seg``, with the keys of Detectron2's SemSegEvaluator.
+
+    The values are those of Detectron2 v0.6, and so is ``mIoU`` where a class is predicted and
+    nowhere true: it counts as 0, as in cityscapesscripts and MMSegmentation. (Detectron2's main
+    branch leaves such a class out: that is the mean of the ``IoU-<name>`` that are not nan.)
+
+    Works in one process or several. An image that comes twice counts once; of each, a kilobyte or
+    so is kept.
+    """
+
+    output_key = "sem_seg"
 
     def __init__(
         self,
         *,
         stuff_classes: Sequence[str],
-        thing_sem_seg_ids: Sequence[int],
+        thing_sem_seg_ids: Sequence[int] | Mapping[int, int],
         ignore_label: int = 255,
         distributed: bool = True,
     ) -> None:
@@ -41,75 +64,66 @@ class SemSegIoUEvaluator(DatasetEvaluator):
             ignore_label: label of the pixels that are not evaluated.
             distributed: gather the results of all processes; otherwise each evaluates its own.
         """
+        super().__init__(distributed=distributed)
         self._class_names = list(stuff_classes)
-        self._thing_sem_seg_ids = tuple(thing_sem_seg_ids)
+        self._thing_sem_seg_ids = thing_sem_seg_ids
         self._ignore_label = ignore_label
-        self._distributed = distributed
-        self.reset()
 
     @classmethod
-    def from_dataset(cls, dataset_name: str, *, distributed: bool = True) -> "SemSegIoUEvaluator":
-        """The evaluator of a registered dataset, from its metadata."""
-        metadata = MetadataCatalog.get(dataset_name)
-        return cls(
-            stuff_classes=metadata.stuff_classes,
-            # Detectron2's own panoptic datasets are separated: class 0 is "things".
-            thing_sem_seg_ids=metadata.get("thing_sem_seg_ids", (0,)),
-            ignore_label=metadata.ignore_label,
-            distributed=distributed,
-        )
+    def dataset_arguments(cls, metadata: Metadata) -> dict[str, Any]:
+        return {
+            "stuff_classes": metadata.stuff_classes,
+            "thing_sem_seg_ids": thing_sem_seg_ids(metadata),
+            "ignore_label": metadata.ignore_label,
+        }
 
-    def reset(self) -> None:
-        num_classes = len(self._class_names)
-        self._confusion = np.zeros((num_classes, num_classes), dtype=np.int64)  # [true, predicted]
-
-    def process(
-        self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]
-    ) -> None:
-        """Count the pixels of some images.
+    def evaluate_image(
+        self, record: Mapping[str, Any], prediction: torch.Tensor, source: str
+    ) -> ConfusionCells:
+        """How many pixels of an image have each true and predicted class.
 
         Args:
-            inputs: dataset dicts with ``file_name`` and either ``pan_seg_file_name`` and
-                ``segments_info`` or ``sem_seg_file_name``, an 8-bit grey image of labels.
-            outputs: dicts with ``sem_seg``: logits, tensor (C, H, W) on any device.
+            record: dataset dict with ``pan_seg_file_name`` and ``segments_info`` or with
+                ``sem_seg_file_name``, an 8-bit grey image of labels.
+            prediction: ``sem_seg``: logits (C, H, W).
 
         Raises:
             UserError: prediction and ground truth differ in size or classes, or a ground truth
                 file cannot be read or holds labels that are no class.
         """
-        for record, output in zip(inputs, outputs, strict=True):
-            gt_source, gt = self._ground_truth(record)
-            pred = self._prediction(record, output)
-            check_size(record, pred.shape, gt_source, gt.shape)
-            num_classes = len(self._class_names)
-            counts = joint_counts(gt, pred, (256, num_classes))
-            counts[self._ignore_label] = 0
-            unknown = np.flatnonzero(counts[num_classes:].any(axis=1)) + num_classes
-            if len(unknown):
-                raise UserError(
-                    f"{gt_source}: labels {unknown.tolist()} are neither one of the {num_classes} "
-                    f"classes nor the ignore label {self._ignore_label}"
-                )
-            self._confusion += counts[:num_classes]
+        gt_source, gt = self._ground_truth(record)
+        predicted = self._predicted_classes(prediction, source)
+        check_size(source, predicted.shape, gt_source, gt.shape)
+        num_classes = len(self._class_names)
+        counts = joint_counts(gt, predicted, (256, num_classes))
+        counts[self._ignore_label] = 0
+        unknown = np.flatnonzero(counts[num_classes:].any(axis=1)) + num_classes
+        if len(unknown):
+            raise UserError(
+                f"{gt_source}: labels {unknown.tolist()} are neither one of the {num_classes} "
+                f"classes nor the ignore label {self._ignore_label}"
+            )
+        return ConfusionCells.of(counts[:num_classes])
 
-    def evaluate(self) -> OrderedDict[str, dict[str, float]] | None:
+    def summarize(self, images: Mapping[Any, ConfusionCells]) -> Scores:
         """The metrics of all images, in percent.
 
         Returns:
-            ``{"sem_seg": {...}}`` with ``mIoU`` (a class that is predicted, but nowhere true,
-            counts as 0), ``fwIoU``, ``IoU-<name>``, ``mACC``, ``pACC`` and ``ACC-<name>``; nan for
-            a class that is nowhere true. None in all processes but the first.
+            ``{"sem_seg": {...}}`` with ``mIoU``, ``fwIoU``, ``IoU-<name>``, ``mACC``, ``pACC`` and
+            ``ACC-<name>``; nan for a class that is nowhere true.
         """
-        parts = gather(self._confusion, distributed=self._distributed)
-        if parts is None:
-            return None
-        confusion = np.sum(parts, axis=0)
-        result = self._scores(confusion)
-        self._log(result)
-        return OrderedDict({"sem_seg": result})
+        return {"sem_seg": self._scores(self._confusion(images.values()))}
+
+    def _confusion(self, images: Iterable[ConfusionCells]) -> np.ndarray:
+        """The confusion matrix of several images: int64 array (C, C), [true, predicted]."""
+        num_classes = len(self._class_names)
+        confusion = np.zeros(num_classes**2, dtype=np.int64)
+        for image in images:
+            confusion[image.cells] += image.pixels
+        return confusion.reshape(num_classes, num_classes)
 
     def _scores(self, confusion: np.ndarray) -> dict[str, float]:
-        """The metrics of a confusion matrix, [true, predicted], in percent."""
+        """The metrics of a confusion matrix, in percent; they are logged."""
         correct = np.diagonal(confusion)
         true = confusion.sum(axis=1)
         predicted = confusion.sum(axis=0)
@@ -120,20 +134,28 @@ class SemSegIoUEvaluator(DatasetEvaluator):
         with np.errstate(invalid="ignore"):  # 0 / 0 is nan on purpose
             accuracy = 100 * correct / true
             iou = np.where(true > 0, 100 * correct / (true + predicted - correct), np.nan)
-            result = {
+            scores = {
                 "mIoU": np.nansum(iou) / np.count_nonzero(true + predicted),
                 "fwIoU": np.nansum(iou * true) / true.sum(),
-                **{
-                    f"IoU-{name}": value for name, value in zip(self._class_names, iou, strict=True)
-                },
+                **self._by_class("IoU", iou),
                 "mACC": np.nansum(accuracy) / np.count_nonzero(true),
                 "pACC": 100 * correct.sum() / true.sum(),
-                **{
-                    f"ACC-{name}": value
-                    for name, value in zip(self._class_names, accuracy, strict=True)
-                },
+                **self._by_class("ACC", accuracy),
             }
-        return {key: float(value) for key, value in result.items()}
+        scores = {key: float(value) for key, value in scores.items()}
+        logger.info(
+            "Semantic Segmentation Evaluation Results:\n"
+            + metrics_table(scores, ("mIoU", "fwIoU", "mACC", "pACC"))
+        )
+        logger.info(
+            "Per-class Semantic Segmentation Evaluation Results:\n"
+            + classes_table(scores, ("IoU", "ACC"), self._class_names)
+        )
+        return scores
+
+    def _by_class(self, metric: str, values: np.ndarray) -> dict[str, float]:
+        names = (f"{metric}-{name}" for name in self._class_names)
+        return dict(zip(names, values, strict=True))
 
     def _ground_truth(self, record: Mapping[str, Any]) -> tuple[str, np.ndarray]:
         """The file of the ground truth, and its labels: uint8 array (H, W)."""
@@ -153,31 +175,14 @@ class SemSegIoUEvaluator(DatasetEvaluator):
             "pan_seg_file_name or sem_seg_file_name"
         )
 
-    def _prediction(self, record: Mapping[str, Any], output: Mapping[str, Any]) -> np.ndarray:
-        """The predicted classes: integer array (H, W)."""
-        if "sem_seg" not in output:
-            raise UserError(
-                f"the prediction for {record['file_name']} has no sem_seg, only {sorted(output)}"
-            )
-        logits = output["sem_seg"]
+    def _predicted_classes(self, logits: torch.Tensor, source: str) -> np.ndarray:
+        """The predicted classes: uint8 array (H, W)."""
         if logits.shape[0] != len(self._class_names):
             raise UserError(
-                f"the prediction for {record['file_name']} has {logits.shape[0]} semantic classes, "
+                f"{source} has {logits.shape[0]} semantic classes, "
                 f"but the dataset has {len(self._class_names)}; set MODEL.SEM_SEG_HEAD.NUM_CLASSES"
             )
-        return argmax_classes(logits).byte().cpu().numpy()  # uint8 for a small transfer
-
-    def _log(self, result: Mapping[str, float]) -> None:
-        metrics = ("mIoU", "fwIoU", "mACC", "pACC")
-        logger.info(
-            "Semantic Segmentation Evaluation Results:\n"
-            + pipe_table(metrics, [[result[metric] for metric in metrics]])
-        )
-        rows = [(name, result[f"IoU-{name}"], result[f"ACC-{name}"]) for name in self._class_names]
-        logger.info(
-            "Per-class Semantic Segmentation Evaluation Results:\n"
-            + pipe_table(("class", "IoU", "ACC"), rows)
-        )
+        return argmax_classes(logits).byte().cpu().numpy()  # bytes for a small transfer
 
 
 def _read_labels(file_name: str) -> np.ndarray:

@@ -9,27 +9,29 @@ import logging
 import os
 import shutil
 import zipfile
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import DatasetEvaluator
-from detectron2.utils import comm
 
 from ..data.panoptic_png import write_panoptic_png
 from ..errors import UserError
+from .base import ImageEvaluator
 
 logger = logging.getLogger(__name__)
 
 
-class PanopticSubmissionWriter(DatasetEvaluator):
+class PanopticSubmissionWriter(ImageEvaluator[dict[str, Any]]):
     """Writes predictions as they come; in the end the main process puts them into a zip.
 
     The PNGs are written by the process that predicts them, into a folder beside the zip that is
     removed in the end. Processes on several machines must share it.
     """
+
+    output_key = "panoptic_seg"
 
     def __init__(
         self,
@@ -48,12 +50,11 @@ class PanopticSubmissionWriter(DatasetEvaluator):
             stuff_category_ids: official id of each semantic class.
             distributed: gather from all processes; otherwise each writes its own.
         """
+        super().__init__(distributed=distributed)
         self._zip_file = Path(zip_file)
         self._folder = self._zip_file.with_suffix("")
         self._name = name
         self._category_ids = {True: list(thing_category_ids), False: list(stuff_category_ids)}
-        self._distributed = distributed
-        self.reset()
 
     @classmethod
     def from_dataset(
@@ -74,52 +75,41 @@ class PanopticSubmissionWriter(DatasetEvaluator):
             distributed=distributed,
         )
 
-    def reset(self) -> None:
-        self._annotations: dict[Hashable, dict[str, Any]] = {}
-
-    def process(
-        self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]
-    ) -> None:
-        """Write the panoptic PNGs of some images.
+    def evaluate_image(
+        self,
+        record: Mapping[str, Any],
+        prediction: tuple[torch.Tensor, Sequence[Mapping[str, Any]]],
+        source: str,
+    ) -> dict[str, Any]:
+        """Write the panoptic PNG of an image.
 
         Args:
-            inputs: dataset dicts with ``file_name`` and ``image_id``.
-            outputs: dicts with ``panoptic_seg``, see :class:`PanopticQualityEvaluator`.
-        """
-        folder = self._folder / self._name
-        folder.mkdir(parents=True, exist_ok=True)
-        for record, output in zip(inputs, outputs, strict=True):
-            ids, segments = output["panoptic_seg"]
-            png = f"{Path(record['file_name']).stem}.png"
-            write_panoptic_png(folder / png, np.maximum(ids.cpu().numpy(), 0))  # -1 is void too
-            self._annotations[record["image_id"]] = {
-                "image_id": record["image_id"],
-                "file_name": png,
-                "segments_info": [
-                    {
-                        "id": segment["id"],
-                        "category_id": self._category_ids[segment["isthing"]][
-                            segment["category_id"]
-                        ],
-                    }
-                    for segment in segments
-                ],
-            }
+            record: dataset dict with ``file_name`` and ``image_id``.
+            prediction: ``panoptic_seg``, see :class:`PanopticQualityEvaluator`.
 
-    def evaluate(self) -> None:
-        """Write the zip, in the main process.
+        Returns:
+            Its entry in the JSON file.
+        """
+        ids, segments = prediction
+        png = self._folder / self._name / f"{Path(record['file_name']).stem}.png"
+        png.parent.mkdir(parents=True, exist_ok=True)
+        write_panoptic_png(png, np.maximum(ids.cpu().numpy(), 0))  # -1 is void too
+        return {
+            "image_id": record["image_id"],
+            "file_name": png.name,
+            "segments_info": [
+                {"id": s["id"], "category_id": self._category_ids[s["isthing"]][s["category_id"]]}
+                for s in segments
+            ],
+        }
+
+    def summarize(self, images: Mapping[Any, dict[str, Any]]) -> None:
+        """Write the zip.
 
         Raises:
             UserError: two images have one name, or PNGs of other processes are not to be found.
         """
-        annotations = self._annotations
-        if self._distributed:
-            comm.synchronize()
-            gathered = comm.gather(annotations)
-            if not comm.is_main_process():
-                return
-            annotations = {key: value for part in gathered for key, value in part.items()}
-        annotations = [annotations[image_id] for image_id in sorted(annotations)]
+        annotations = sorted(images.values(), key=lambda entry: entry["image_id"])
         pngs = [self._folder / self._name / entry["file_name"] for entry in annotations]
         if len(set(pngs)) < len(pngs):
             raise UserError(f"{self._zip_file}: two images have one name, and so would their PNGs")

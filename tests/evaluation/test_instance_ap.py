@@ -313,7 +313,7 @@ def test_mistakes_are_named(tmp_path):
     records, outputs, arguments, _ = in_json(np.random.default_rng(8), tmp_path, 2)
     with pytest.raises(UserError, match=r"\.jpg has no instances, only \['sem_seg'\]"):
         evaluate(records[:1], [{"sem_seg": 0}], **arguments)
-    with pytest.raises(UserError, match=r"\.jpg is 40 x 50 pixels .* its image 41 x 50"):
+    with pytest.raises(UserError, match=r"\.jpg is 40 x 50 pixels .* its image is 41 x 50"):
         evaluate([{**records[0], "height": 41}], outputs[:1], **arguments)
     wrong = Instances(
         SIZE,

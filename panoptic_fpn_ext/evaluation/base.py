@@ -1,0 +1,99 @@
+"""What all evaluators do alike: images come one by one, in one process or several."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, ClassVar, Generic, TypeVar
+
+from detectron2.data import Metadata, MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+
+from ..errors import UserError
+
+ImageResult = TypeVar("ImageResult")
+Evaluator = TypeVar("Evaluator", bound="ImageEvaluator")
+Scores = dict[str, dict[str, float]]
+"""Task, such as ``"sem_seg"``, to metric to value."""
+
+
+class ImageEvaluator(DatasetEvaluator, Generic[ImageResult]):
+    """Keeps a result of each image, and makes scores of the results of all images.
+
+    An image that comes twice, in one process or in two, counts once. Subclasses say which output
+    of the model they read, what they keep of an image (:meth:`evaluate_image`), and what they make
+    of it all (:meth:`summarize`).
+    """
+
+    output_key: ClassVar[str]
+    """The model's output that is evaluated."""
+
+    def __init__(self, *, distributed: bool = True) -> None:
+        """
+        Args:
+            distributed: gather the results of all processes; otherwise each evaluates its own.
+        """
+        self._distributed = distributed
+        self.reset()
+
+    @classmethod
+    def from_dataset(
+        cls: type[Evaluator], dataset_name: str, *, distributed: bool = True
+    ) -> Evaluator:
+        """The evaluator of a registered dataset, from its metadata."""
+        arguments = cls.dataset_arguments(MetadataCatalog.get(dataset_name))
+        return cls(**arguments, distributed=distributed)
+
+    @classmethod
+    def dataset_arguments(cls, metadata: Metadata) -> dict[str, Any]:
+        """The constructor's arguments for a dataset, without ``distributed``."""
+        raise NotImplementedError
+
+    def evaluate_image(
+        self, record: Mapping[str, Any], prediction: Any, source: str
+    ) -> ImageResult:
+        """What is kept of an image; must be picklable.
+
+        Args:
+            record: its dataset dict.
+            prediction: the model's output ``output_key`` for it.
+            source: what to call the prediction in errors.
+        """
+        raise NotImplementedError
+
+    def summarize(self, images: Mapping[tuple[Hashable, str], ImageResult]) -> Scores | None:
+        """The scores of all images, by ``image_id`` (None where there is none) and file name."""
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        self._images: dict[tuple[Hashable, str], ImageResult] = {}
+
+    def process(
+        self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Evaluate some images, each by itself.
+
+        Args:
+            inputs: dataset dicts, with ``file_name`` and what :meth:`evaluate_image` names.
+            outputs: the model's outputs, dicts with ``output_key``, on any device.
+
+        Raises:
+            UserError: an output is missing, or see :meth:`evaluate_image`.
+        """
+        for record, output in zip(inputs, outputs, strict=True):
+            # Image ids of datasets evaluated together may coincide, their files do not.
+            key = record.get("image_id"), record["file_name"]
+            if key in self._images:
+                continue
+            source = f"the prediction for {record['file_name']}"
+            if self.output_key not in output:
+                raise UserError(f"{source} has no {self.output_key}, only {sorted(output)}")
+            self._images[key] = self.evaluate_image(record, output[self.output_key], source)
+
+    def evaluate(self) -> Scores | None:
+        """What :meth:`summarize` makes of all images; None in all processes but the first."""
+        parts = [self._images]
+        if self._distributed:
+            comm.synchronize()
+            parts = comm.gather(self._images)
+            if not comm.is_main_process():
+                return None
+        return self.summarize({key: image for part in parts for key, image in part.items()})
