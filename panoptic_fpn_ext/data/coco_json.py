@@ -9,8 +9,9 @@ import os
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
+
+from detectron2.utils.file_io import PathManager
 
 from ..errors import UserError
 
@@ -45,9 +46,10 @@ def read_json(path: str | os.PathLike) -> Any:
         UserError: it cannot be read, or is not JSON.
     """
     try:
-        return json.loads(Path(path).read_bytes())
+        with PathManager.open(str(path), "rb") as file:
+            return json.load(file)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
+        raise UserError(f"{path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a JSON file, or cut off ({error})") from error
 

@@ -19,6 +19,8 @@ from pycocotools import mask as rle
 
 from ..errors import UserError
 from .coco_json import category_faults, instances_faults, panoptic_faults, raise_first, read_json
+from .label_space import thing_sem_seg_ids
+from .virtual_files import INSTANCES_PREFIX, sem_seg_file_name
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +80,7 @@ def register_panoptic_dataset(
         panoptic_root=str(panoptic_root),
         panoptic_json=str(panoptic_json),
         evaluators=tuple(evaluators),
-        evaluator_type="panoptic_fpn_ext",
+        evaluator_type="coco_panoptic_seg",
         ignore_label=255,
         label_divisor=1000,
         **({"json_file": str(instances_json)} if instances_json else {}),
@@ -122,9 +124,10 @@ def load_panoptic_dataset(name: str) -> list[dict[str, Any]]:
 
     Returns:
         Dicts of Detectron2's dataset format with ``file_name``, ``image_id``, ``height``,
-        ``width``, ``pan_seg_file_name``, ``segments_info`` (category ids contiguous) and, where
-        the dataset has an instances JSON, ``annotations``. Images without an annotation are left
-        out.
+        ``width``, ``pan_seg_file_name``, ``segments_info`` (category ids contiguous),
+        ``sem_seg_file_name`` (for Detectron2, see :mod:`~panoptic_fpn_ext.data.virtual_files`) and,
+        where the dataset has an instances JSON, ``annotations``. Images without an annotation are
+        left out.
 
     Raises:
         UserError: the first fault in either JSON.
@@ -133,6 +136,7 @@ def load_panoptic_dataset(name: str) -> list[dict[str, Any]]:
     source = metadata.panoptic_json
     content = read_json(source)
     things = metadata.thing_dataset_id_to_contiguous_id
+    classes_of_things = thing_sem_seg_ids(metadata)
     stuff = metadata.stuff_dataset_id_to_contiguous_id
     _check_categories(content, metadata)
     raise_first(panoptic_faults(content, source=source, category_ids={*things, *stuff}))
@@ -148,14 +152,17 @@ def load_panoptic_dataset(name: str) -> list[dict[str, Any]]:
     records = []
     for annotation in content["annotations"]:
         image = images[annotation["image_id"]]
+        png = os.path.join(metadata.panoptic_root, annotation["file_name"])
+        segments_info = [segment(info) for info in annotation["segments_info"]]
         records.append(
             {
                 "file_name": os.path.join(metadata.image_root, image_file_name(image)),
                 "image_id": image["id"],
                 "height": image["height"],
                 "width": image["width"],
-                "pan_seg_file_name": os.path.join(metadata.panoptic_root, annotation["file_name"]),
-                "segments_info": [segment(info) for info in annotation["segments_info"]],
+                "pan_seg_file_name": png,
+                "segments_info": segments_info,
+                "sem_seg_file_name": sem_seg_file_name(png, segments_info, classes_of_things),
             }
         )
     if "json_file" in metadata.as_dict():
@@ -278,13 +285,19 @@ def _check_categories(content: Any, metadata: Metadata) -> None:
 
 
 class _LazyMetadata(Metadata):
-    """Metadata whose class names, colours and id maps are loaded when first asked for."""
+    """Metadata whose class names, colours and id maps are loaded when first asked for.
+
+    Without an instances JSON ``json_file``, by which Detectron2's COCOEvaluator finds it, is the
+    name of one made of the panoptic PNGs; it is not in :meth:`as_dict`.
+    """
 
     def __init__(self, load: Callable[[], dict[str, Any]], **attributes: Any) -> None:
         super().__init__(**attributes)
         self.__dict__["_load"] = load
 
     def __getattr__(self, key: str) -> Any:
+        if key == "json_file":
+            return f"{INSTANCES_PREFIX}{self.name}"
         load = self.__dict__.pop("_load", None)
         if load is None or key.startswith("__"):
             return super().__getattr__(key)

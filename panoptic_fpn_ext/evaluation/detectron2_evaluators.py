@@ -1,14 +1,12 @@
-"""Detectron2's own evaluators, on datasets whose ground truth is in panoptic PNGs.
+"""Detectron2's own evaluators, which take the model's outputs as they are.
 
-They take the model's outputs as they are. What two of them want of a dataset is made from its
-panoptic PNGs: a file of labels for each image, a JSON file of instance annotations.
+The semantic maps that they want of a dataset, and the JSON of instances where it has none, are made
+from its panoptic PNGs when they are opened (:mod:`~panoptic_fpn_ext.data.virtual_files`).
 """
 
-import contextlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import (
@@ -19,11 +17,11 @@ from detectron2.evaluation import (
     DatasetEvaluator,
     SemSegEvaluator,
 )
-from PIL import Image
+from detectron2.utils.file_io import PathHandler, PathManager
 
-from ..data.targets import sem_seg_from_panoptic
+from ..data.virtual_files import INSTANCES_PREFIX
+from ..errors import UserError
 from .instance_ap import instance_annotations
-from .panoptic_maps import read_ground_truth
 from .registry import DETECTRON2_EVALUATOR_REGISTRY, needs
 
 
@@ -40,25 +38,26 @@ def panoptic_seg(dataset_name: str, output_folder: str) -> DatasetEvaluator:
 @DETECTRON2_EVALUATOR_REGISTRY.register()
 @needs("sem_seg")
 def sem_seg(dataset_name: str, output_folder: str) -> DatasetEvaluator:
-    if all("sem_seg_file_name" in record for record in DatasetCatalog.get(dataset_name)):
-        return SemSegEvaluator(dataset_name, output_dir=output_folder)
-    return PanopticPNGSemSegEvaluator(dataset_name, output_folder)
+    if any("sem_seg_file_name" not in record for record in DatasetCatalog.get(dataset_name)):
+        raise _lacks(dataset_name, "sem_seg_file_name", "SemSegEvaluator")
+    return SemSegEvaluator(dataset_name, output_dir=output_folder)
 
 
 @DETECTRON2_EVALUATOR_REGISTRY.register()
 @needs("instances")
 def instances(dataset_name: str, output_folder: str) -> DatasetEvaluator:
+    if not hasattr(MetadataCatalog.get(dataset_name), "json_file"):
+        raise _lacks(dataset_name, "json_file", "COCOEvaluator")
     # Whoever wants Detectron2's numbers wants those of pycocotools, not of its "fast" variant,
     # which moreover takes no image ids but integers.
-    arguments = {"output_dir": output_folder, "use_fast_impl": False}
-    if "json_file" in MetadataCatalog.get(dataset_name).as_dict():
-        return COCOEvaluator(dataset_name, **arguments)
-    # Read by the constructor alone. Every process makes its own, so that machines share nothing.
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(instances_json(dataset_name), file)
-        file.flush()
-        with _registered_as(dataset_name, json_file=file.name) as name:
-            return COCOEvaluator(name, **arguments)
+    return COCOEvaluator(dataset_name, output_dir=output_folder, use_fast_impl=False)
+
+
+def _lacks(dataset_name: str, what: str, evaluator: str) -> UserError:
+    return UserError(
+        f"dataset {dataset_name!r} has no {what}, which Detectron2's {evaluator} reads: choose "
+        "TEST.EVALUATORS panoptic_fpn_ext, which needs none"
+    )
 
 
 # In one process, or several on one machine.
@@ -76,40 +75,25 @@ def cityscapes_instances(dataset_name: str, output_folder: str) -> DatasetEvalua
     return CityscapesInstanceEvaluator(dataset_name)
 
 
-class PanopticPNGSemSegEvaluator(SemSegEvaluator):
-    """SemSegEvaluator, given the labels of an image in a temporary file while it reads them."""
+class InstancesHandler(PathHandler):
+    """Opens ``panoptic-instances://<dataset>``: the JSON file of :func:`instances_json`."""
 
-    def __init__(self, dataset_name: str, output_folder: str) -> None:
-        """
-        Args:
-            dataset_name: a dataset whose records have ``pan_seg_file_name`` and ``segments_info``.
-            output_folder: where it writes the predictions and its scores.
-        """
-        records = [
-            {**record, "sem_seg_file_name": ""} for record in DatasetCatalog.get(dataset_name)
-        ]
-        with _registered_as(dataset_name, records) as name:
-            super().__init__(name, output_dir=output_folder)
-        metadata = MetadataCatalog.get(dataset_name)
-        self._thing_sem_seg_ids = metadata.thing_sem_seg_ids
+    def _get_supported_prefixes(self) -> list[str]:
+        return [INSTANCES_PREFIX]
 
-    def process(
-        self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]
-    ) -> None:
-        """See :class:`SemSegEvaluator`; the inputs are dataset dicts."""
-        for record, output in zip(inputs, outputs, strict=True):
-            labels = sem_seg_from_panoptic(
-                read_ground_truth(record["pan_seg_file_name"]),
-                record["segments_info"],
-                thing_sem_seg_ids=self._thing_sem_seg_ids,
-                ignore_label=self._ignore_label,
-                source=record["pan_seg_file_name"],
-            )
-            with tempfile.NamedTemporaryFile(suffix=".png") as file:
-                Image.fromarray(labels).save(file, compress_level=1)
-                file.flush()
-                self.input_file_to_gt_file[record["file_name"]] = file.name
-                super().process([record], [output])
+    def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
+        # Every process makes its own, so that machines share nothing. It stays until the next is
+        # made or the process ends.
+        self._file = tempfile.NamedTemporaryFile("w", suffix=".json")  # noqa: SIM115
+        json.dump(instances_json(path.removeprefix(INSTANCES_PREFIX)), self._file)
+        self._file.flush()
+        return self._file.name
+
+    def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> IO[Any]:
+        return open(self._get_local_path(path), mode, buffering)
+
+
+PathManager.register_handler(InstancesHandler())
 
 
 def instances_json(dataset_name: str) -> dict[str, Any]:
@@ -131,20 +115,3 @@ def instances_json(dataset_name: str) -> dict[str, Any]:
         for category_id, name in zip(category_ids, metadata.thing_classes, strict=True)
     ]
     return {"images": images, "annotations": annotations, "categories": categories}
-
-
-@contextlib.contextmanager
-def _registered_as(
-    dataset_name: str, records: list[dict[str, Any]] | None = None, **metadata: Any
-) -> Iterator[str]:
-    """Another name for a dataset, with other records or metadata, while a constructor reads it."""
-    name = f"{dataset_name} for Detectron2"
-    original = MetadataCatalog.get(dataset_name)
-    _ = original.thing_classes  # what is lazy is loaded now
-    DatasetCatalog.register(name, lambda: records)
-    MetadataCatalog.get(name).set(**{**original.as_dict(), "name": name, **metadata})
-    try:
-        yield name
-    finally:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)

@@ -85,6 +85,7 @@ def test_records(register, tmp_path):
             {"id": 5, "category_id": 1, "isthing": True, "iscrowd": 0},
             {"id": 9, "category_id": 2, "isthing": False, "iscrowd": 0},
         ],
+        "sem_seg_file_name": f"panoptic-sem-seg://5=0,9=2/{tmp_path}/png/1.png",
     }
 
 
