@@ -84,6 +84,10 @@ _mask = (
     lambda v: isinstance(v, list) or (isinstance(v, dict) and {"size", "counts"} <= v.keys()),
     "a list of polygons or an RLE",
 )
+_keypoints = (
+    lambda v: isinstance(v, list) and len(v) % 3 == 0 and all(map(_is_number, v)),
+    "[x, y, visibility, x, y, ...]",
+)
 
 _CATEGORY: Rules = {"id": _integer, "name": _name, "isthing": _flag}
 _IMAGE: Rules = {"id": _id, "file_name": _name, "height": _size, "width": _size}
@@ -239,7 +243,7 @@ def instances_faults(
     yield from (Fault(kind, source, message) for kind, message in broken)
     if broken:
         return
-    optional = {"segmentation": _mask, "iscrowd": _flag}
+    optional = {"segmentation": _mask, "iscrowd": _flag, "keypoints": _keypoints}
     known = {image.get("id") for image in content["images"] if isinstance(image, dict)}
     if not known & images.keys():
         yield Fault("unknown-image", source, "none of its image ids is in the panoptic JSON")

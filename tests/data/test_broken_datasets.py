@@ -197,6 +197,10 @@ CASES_OF_INSTANCES: dict[str, tuple[Break, str]] = {
         lambda d: d.instances["annotations"][0].update(segmentation=[["a"] * 6]),
         r"instances\.json: image 1: .*no list of numbers",
     ),
+    "keypoints without their visibility": (
+        lambda d: d.instances["annotations"][0].update(keypoints=[1, 2]),
+        r"instances\.json: image 1: annotations\[0\]: keypoints is \[1, 2\], expected \[x, y, vis",
+    ),
     "other images": (
         lambda d: d.instances.update(images=[{"id": 99}]),
         r"instances\.json: none of its image ids is in the panoptic JSON",

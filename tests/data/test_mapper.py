@@ -12,6 +12,7 @@ from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.structures import BitMasks, BoxMode, PolygonMasks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pycocotools import mask as rle
 
 from panoptic_fpn_ext import PanopticFPNMapper, UserError, add_panoptic_fpn_config
 from panoptic_fpn_ext.data.panoptic_png import read_panoptic_png
@@ -71,11 +72,15 @@ def test_instances_from_the_panoptic_png_equal_those_of_the_instances_json(cfg, 
     mask_format=st.sampled_from(["polygon", "bitmask"]),
     image_format=st.sampled_from(["BGR", "RGB", "L"]),
     flip=st.sampled_from(["none", "horizontal", "vertical"]),
+    crop=st.booleans(),
 )
 def test_images_and_annotations_are_mapped_as_detectron2_does(
-    cfg, record, seed, num_instances, mask_format, image_format, flip
+    cfg, record, seed, num_instances, mask_format, image_format, flip, crop
 ):
-    """Boxes of several modes, several polygons an instance, some beyond the image."""
+    """Boxes of several modes, several polygons an instance, some beyond the image.
+
+    After a crop boxes are those of what is left of the masks.
+    """
     rng = np.random.default_rng(seed)
     cfg = cfg.clone()
     cfg.INPUT.MASK_FORMAT, cfg.INPUT.FORMAT, cfg.INPUT.RANDOM_FLIP = mask_format, image_format, flip
@@ -92,6 +97,13 @@ def test_images_and_annotations_are_mapped_as_detectron2_does(
         }
         for _ in range(num_instances)
     ]
+    if crop and any(not annotation["iscrowd"] for annotation in annotations):
+        # Detectron2 needs another package to crop polygons.
+        cfg.INPUT.CROP.ENABLED, cfg.INPUT.CROP.SIZE = True, [0.6, 0.7]
+        cfg.INPUT.MASK_FORMAT = mask_format = "bitmask"
+        for annotation in annotations:
+            polygons = rle.frPyObjects(annotation["segmentation"], 64, 64)
+            annotation["segmentation"] = rle.merge(polygons)
     record = {**record, "annotations": annotations}
     mapped = []
     for mapper in (PanopticFPNMapper, DatasetMapper):

@@ -2,12 +2,19 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
-from panoptic_fpn_ext import UserError, add_panoptic_fpn_config, register_panoptic_dataset
+from panoptic_fpn_ext import (
+    PanopticFPNMapper,
+    UserError,
+    add_panoptic_fpn_config,
+    register_panoptic_dataset,
+)
 from panoptic_fpn_ext.data import register_datasets_of_config
 
 from .tiny_dataset import TinyDataset
@@ -135,6 +142,38 @@ def test_instances_equal_those_of_detectron2(shapes, split):
     records = {r["image_id"]: r for r in DatasetCatalog.get(f"shapes_{split}")}
     for record in expected:
         assert records[record["image_id"]]["annotations"] == record["annotations"]
+
+
+def test_keypoints_equal_those_of_detectron2(data):
+    """From the JSON, and through both mappers."""
+    rng = np.random.default_rng(0)
+    for annotation in data.instances["annotations"]:
+        keypoints = np.stack([*rng.integers(0, (24, 32), (3, 2)).T, rng.integers(0, 3, 3)], axis=1)
+        annotation["keypoints"] = keypoints.reshape(-1).tolist()
+    data.instances["categories"] = [c for c in data.panoptic["categories"] if c["isthing"]]
+    data.write()
+    names = {
+        "keypoint_names": ["nose", "left ear", "right ear"],
+        "keypoint_flip_map": [("left ear", "right ear")],
+    }
+    expected = load_coco_json(str(data.instances_json), "", "as_detectron2_loads_it")
+    MetadataCatalog.remove("as_detectron2_loads_it")
+    with data.registered(instances=True, **names) as name:
+        records = DatasetCatalog.get(name)
+        cfg = get_cfg()
+        add_panoptic_fpn_config(cfg)
+        cfg.DATASETS.TRAIN = (name,)
+        cfg.MODEL.KEYPOINT_ON, cfg.INPUT.MIN_SIZE_TRAIN = True, (36,)
+        mappers = PanopticFPNMapper(cfg), DatasetMapper(cfg)
+    assert [r["annotations"] for r in records] == [r["annotations"] for r in expected]
+    for seed in range(4):
+        for record in records:
+            mapped = []
+            for mapper in mappers:
+                np.random.seed(seed)
+                mapped.append(mapper(record)["instances"].gt_keypoints.tensor)
+            torch.testing.assert_close(*mapped)
+            assert mapped[0].shape == (2, 3, 3)
 
 
 def dataset_in_config(data, **changes):

@@ -134,14 +134,15 @@ def test_padding_is_void(padding):
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(0, 2**31), st.sampled_from([300, 1000]), st.sampled_from([0, 255]))
-def test_more_segments_than_a_byte_holds(seed, num_segments, padding):
+@given(st.integers(0, 2**31), st.sampled_from([254, 255, 256, 1000]), st.sampled_from([0, 255]))
+def test_as_many_segments_as_a_byte_holds_and_more(seed, num_segments, padding):
     """Through resize, flip and padding: the pixels of small maps that have the same segments."""
     rng = np.random.default_rng(seed)
     segments_info = [
         {"id": k + 1, "isthing": k % 2 == 0, "category_id": k % 3} for k in range(num_segments)
     ]
     ids = rng.integers(0, num_segments + 1, (20, 30))
+    ids[:3, :3] = num_segments
     transforms = T.TransformList(
         [
             T.ResizeTransform(20, 30, 33, 17),
@@ -149,7 +150,10 @@ def test_more_segments_than_a_byte_holds(seed, num_segments, padding):
             T.PadTransform(1, 2, 3, 4, pad_value=padding),
         ]
     )
-    index = transform_index(index_segments(ids, segments_info, source=""), transforms)
+    index = index_segments(ids, segments_info, source="")
+    # 255 is what Detectron2 pads semantic maps with.
+    assert index.dtype == (np.uint8 if num_segments < 255 else np.uint16)
+    index = transform_index(index, transforms)
     moved = T.TransformList(transforms.transforms[:2])
     parts = [moved.apply_segmentation(((ids >> shift) & 255).astype(np.uint8)) for shift in (0, 8)]
     expected = np.pad(parts[0] + 256 * parts[1].astype(int), ((2, 4), (1, 3)))
