@@ -1,10 +1,15 @@
 """Predictions for Shapes that are right in part, without a model."""
 
+import pickle
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import BitMasks, Instances
+from detectron2.utils import comm
 
 from panoptic_fpn_ext.data.panoptic_png import read_panoptic_png
 
@@ -67,3 +72,40 @@ def shapes_without_json(shapes):
     yield name
     DatasetCatalog.remove(name)
     MetadataCatalog.remove(name)
+
+
+@pytest.fixture
+def evaluate_in_processes(monkeypatch):
+    """A function that evaluates as several processes would."""
+
+    def evaluate(build: Callable[[], DatasetEvaluator], parts: list[tuple[list, list]]):
+        """What the first process returns.
+
+        Args:
+            build: makes the evaluator of a process.
+            parts: the records and outputs of each process.
+        """
+        evaluators = [build() for _ in parts]
+        for evaluator, (records, outputs) in zip(evaluators, parts, strict=True):
+            for record, output in zip(records, outputs, strict=True):
+                evaluator.process([record], [output])
+        sent = []
+        with monkeypatch.context() as patch:
+            patch.setattr(comm, "is_main_process", lambda: False)
+            patch.setattr(comm, "gather", lambda data: sent.append(pickle.dumps(data)) or [])
+            assert [evaluator.evaluate() for evaluator in evaluators[1:]] == [None] * len(parts[1:])
+            patch.setattr(comm, "is_main_process", lambda: True)
+            patch.setattr(comm, "gather", lambda data: [data, *map(pickle.loads, sent)])
+            return evaluators[0].evaluate()
+
+    return evaluate
+
+
+def in_parts(rng: np.random.Generator, num_parts: int, *columns: list) -> list[tuple[list, ...]]:
+    """Lists in random order in parts of one length, for which some entries come twice."""
+    length = -(-len(columns[0]) // num_parts) * num_parts
+    order = np.resize(rng.permutation(len(columns[0])), length)
+    return [
+        tuple([column[i] for i in part] for column in columns)
+        for part in np.split(order, num_parts)
+    ]

@@ -2,13 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.structures import Boxes, Instances
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from panoptic_fpn_ext import UserError, add_panoptic_fpn_config
+from panoptic_fpn_ext.data.panoptic_png import write_panoptic_png
 from panoptic_fpn_ext.evaluation import (
     EVALUATOR_REGISTRY,
     build_evaluator,
@@ -100,3 +104,53 @@ def test_scores_of_training_reach_log_and_tensorboard(trained):
         assert title in log
     lines = (trained / "metrics.json").read_text().splitlines()
     assert scores.keys() <= json.loads(lines[-1]).keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "sky", "car", "sem_seg_of_car"),
+    [
+        ("cityscapes_fine_panoptic_val", 10, 13, "IoU-car"),
+        ("coco_2017_val_100_panoptic", 119, 2, "IoU-car"),
+        ("coco_2017_val_panoptic_separated", 40, 2, "IoU-things"),
+    ],
+)
+def test_the_panoptic_datasets_of_detectron2_are_evaluated(
+    name, sky, car, sem_seg_of_car, tmp_path, monkeypatch
+):
+    metadata = MetadataCatalog.get(name)
+    if "json_file" in metadata.as_dict():
+        monkeypatch.delitem(metadata.__dict__, "json_file")  # which is not here
+    assert metadata.stuff_classes[sky].startswith("sky")
+    assert metadata.thing_classes[car] == "car"
+    ids = np.repeat([[1], [2]], 4, axis=0).repeat(8, axis=1)
+    write_panoptic_png(tmp_path / "a.png", ids)
+    segments = [
+        {"id": 1, "category_id": sky, "isthing": False, "iscrowd": 0},
+        {"id": 2, "category_id": car, "isthing": True, "iscrowd": 0},
+    ]
+    record = {"file_name": "a.jpg", "image_id": 1, "height": 8, "width": 8}
+    record |= {"pan_seg_file_name": str(tmp_path / "a.png"), "segments_info": segments}
+    instances = Instances(
+        ids.shape,
+        pred_boxes=Boxes(torch.tensor([[0.0, 4.0, 8.0, 8.0]])),
+        scores=torch.ones(1),
+        pred_classes=torch.tensor([car]),
+        pred_masks=torch.from_numpy(ids == 2)[None],
+    )
+    classes = metadata.stuff_classes
+    sem_seg = torch.zeros(len(classes), *ids.shape)
+    sem_seg[sky][ids == 1] = sem_seg[classes.index(sem_seg_of_car[4:])][ids == 2] = 1
+    output = {
+        "panoptic_seg": (torch.from_numpy(ids), segments),
+        "sem_seg": sem_seg,
+        "instances": instances,
+    }
+    evaluator = build_evaluator(config(), name, str(tmp_path))
+    evaluator.reset()
+    evaluator.process([record], [output])
+    scores = evaluator.evaluate()
+    panoptic, semantic = scores["panoptic_seg"], scores["sem_seg"]
+    assert panoptic["PQ_th"] == panoptic["PQ_st"] == panoptic["PQ-car"] == 100
+    assert panoptic[f"PQ-{classes[sky]}"] == 100
+    assert semantic["mIoU"] == semantic[sem_seg_of_car] == 100
+    assert scores["bbox"]["AP-car"] == scores["segm"]["AP-car"] == pytest.approx(100)

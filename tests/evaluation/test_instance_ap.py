@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import math
-import pickle
 import tempfile
 from pathlib import Path
 
@@ -15,7 +14,6 @@ import torch
 from detectron2.evaluation import COCOEvaluator
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Boxes, Instances
-from detectron2.utils import comm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools.coco import COCO
@@ -24,6 +22,8 @@ from pycocotools.cocoeval import COCOeval
 from panoptic_fpn_ext.data.panoptic_png import write_panoptic_png
 from panoptic_fpn_ext.errors import UserError
 from panoptic_fpn_ext.evaluation.instance_ap import METRICS, InstanceAPEvaluator
+
+from .conftest import in_parts
 
 CLASSES = ["cat", "dog", "cow"]
 CATEGORY_IDS = {7: 0, 90: 1, 21: 2}  # in the JSON file, in no order
@@ -213,34 +213,17 @@ def test_equals_detectron2_on_shapes(shapes_predictions, tmp_path):
         assert results[task] == pytest.approx(expected[task], rel=0, abs=1e-9, nan_ok=True)
 
 
-def evaluate_in_parts(monkeypatch, parts, **arguments):
-    """Evaluate as several processes would, the main one being the first."""
-    evaluators = [InstanceAPEvaluator(thing_classes=CLASSES, **arguments) for _ in parts]
-    for evaluator, (records, outputs) in zip(evaluators, parts, strict=True):
-        evaluator.process(records, outputs)
-    sent = []
-    monkeypatch.setattr(comm, "is_main_process", lambda: False)
-    monkeypatch.setattr(comm, "gather", lambda data: sent.append(pickle.dumps(data)) or [])
-    assert [evaluator.evaluate() for evaluator in evaluators[1:]] == [None] * (len(parts) - 1)
-    monkeypatch.setattr(comm, "is_main_process", lambda: True)
-    monkeypatch.setattr(comm, "gather", lambda data: [data, *map(pickle.loads, sent)])
-    return evaluators[0].evaluate()
-
-
 @pytest.mark.parametrize("make", [in_json, in_pngs])
-def test_processes_order_and_repeats_change_nothing(make, tmp_path, monkeypatch):
-    rng = np.random.default_rng(1)
-    records, outputs, arguments, _ = make(rng, tmp_path, 7)
+def test_processes_order_and_repeats_change_nothing(make, tmp_path, evaluate_in_processes):
+    records, outputs, arguments, _ = make(np.random.default_rng(1), tmp_path, 7)
     expected = evaluate(records, outputs, **arguments)
     assert len(set(expected["bbox"].values()) | set(expected["segm"].values())) > 6
     for num_parts in (1, 2, 3, 7):
-        order = np.resize(rng.permutation(7), math.ceil(7 / num_parts) * num_parts)
-        parts = [
-            ([records[i] for i in part], [outputs[i] for i in part])
-            for part in np.split(order, num_parts)
-        ]
-        found = evaluate_in_parts(monkeypatch, parts, **arguments)
-        assert pickle.dumps(found) == pickle.dumps(expected)  # to the last digit, nan included
+        parts = in_parts(np.random.default_rng(num_parts), num_parts, records, outputs)
+        results = evaluate_in_processes(
+            lambda: InstanceAPEvaluator(thing_classes=CLASSES, **arguments), parts
+        )
+        assert repr(results) == repr(expected)  # to the last digit, nan included
 
 
 def test_image_ids_may_be_strings(tmp_path):

@@ -5,7 +5,6 @@ import io
 import json
 import logging
 import math
-import pickle
 import tempfile
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import pytest
 import torch
 from cityscapesscripts.evaluation.evalPanopticSemanticLabeling import pq_compute_single_core
 from detectron2.data import MetadataCatalog
-from detectron2.utils import comm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -24,6 +22,8 @@ from panoptic_fpn_ext.errors import UserError
 from panoptic_fpn_ext.evaluation.panoptic_matching import match_segments
 from panoptic_fpn_ext.evaluation.panoptic_quality import PanopticQualityEvaluator
 from panoptic_fpn_ext.evaluation.sem_seg_iou import SemSegIoUEvaluator
+
+from .conftest import in_parts
 
 THINGS = ["cat", "dog"]
 STUFF = ["things", "sky", "sea"]
@@ -265,36 +265,16 @@ def random_image(seed: int) -> tuple[np.ndarray, list[dict], np.ndarray, list[di
     return gt_ids, segments(gt_ids), pred_ids, segments(pred_ids)
 
 
-def evaluate_in_parts(monkeypatch, parts: list[tuple[list, list]]) -> dict[str, float]:
-    """Evaluate as several processes would, the main one being the first."""
-    evaluators = [PanopticQualityEvaluator(**DATASET) for _ in parts]
-    for evaluator, (records, outputs) in zip(evaluators, parts, strict=True):
-        evaluator.process(records, outputs)
-    sent = []
-    monkeypatch.setattr(comm, "is_main_process", lambda: False)
-    monkeypatch.setattr(comm, "gather", lambda data: sent.append(pickle.dumps(data)) or [])
-    assert [evaluator.evaluate() for evaluator in evaluators[1:]] == [None] * (len(parts) - 1)
-    monkeypatch.setattr(comm, "is_main_process", lambda: True)
-    monkeypatch.setattr(comm, "gather", lambda data: [data, *map(pickle.loads, sent)])
-    return evaluators[0].evaluate()["panoptic_seg"]
-
-
-def test_processes_order_and_repeats_change_nothing(tmp_path, monkeypatch):
+def test_processes_order_and_repeats_change_nothing(tmp_path, evaluate_in_processes):
     cases = [random_image(seed) for seed in range(7)]
     records = [write_image(tmp_path, i, *case[:2]) for i, case in enumerate(cases)]
     outputs = [output_of(*case[2:]) for case in cases]
     expected = evaluate(records, outputs)
     assert len(set(expected.values())) > 5
-
-    rng = np.random.default_rng(0)
     for num_parts in (1, 2, 3, 7):
-        order = rng.permutation(7)
-        padded = np.resize(order, math.ceil(7 / num_parts) * num_parts)
-        parts = [
-            ([records[i] for i in part], [outputs[i] for i in part])
-            for part in np.split(padded, num_parts)
-        ]
-        assert evaluate_in_parts(monkeypatch, parts) == expected  # to the last digit
+        parts = in_parts(np.random.default_rng(num_parts), num_parts, records, outputs)
+        results = evaluate_in_processes(lambda: PanopticQualityEvaluator(**DATASET), parts)
+        assert results["panoptic_seg"] == expected  # to the last digit
 
 
 def test_reset_forgets(tmp_path):

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import pickle
 import zipfile
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 from cityscapesscripts.evaluation.evalPanopticSemanticLabeling import evaluatePanoptic
 from detectron2.data import MetadataCatalog
-from detectron2.utils import comm
 
 from panoptic_fpn_ext.data.panoptic_png import read_panoptic_png
 from panoptic_fpn_ext.errors import UserError
@@ -65,19 +63,12 @@ def test_the_official_program_gives_the_same_scores(shapes_predictions, tmp_path
     assert scores == pytest.approx({key: expected[key] for key in scores}, rel=0, abs=1e-10)
 
 
-def test_several_processes_and_repeats(shapes_predictions, tmp_path, monkeypatch):
+def test_several_processes_and_repeats(shapes_predictions, tmp_path, evaluate_in_processes):
     records, outputs = shapes_predictions
-    writers = [PanopticSubmissionWriter.from_dataset("shapes_val", tmp_path) for _ in range(2)]
-    writers[0].process(records[:4], outputs[:4])
-    writers[1].process(records[3:], outputs[3:])
-    sent = []
-    monkeypatch.setattr(comm, "is_main_process", lambda: False)
-    monkeypatch.setattr(comm, "gather", lambda data: sent.append(pickle.dumps(data)) or [])
-    writers[1].evaluate()
-    assert not (tmp_path / "shapes_val_submission.zip").exists()
-    monkeypatch.setattr(comm, "is_main_process", lambda: True)
-    monkeypatch.setattr(comm, "gather", lambda data: [data, *map(pickle.loads, sent)])
-    writers[0].evaluate()
+    parts = [(records[:4], outputs[:4]), (records[3:], outputs[3:])]
+    evaluate_in_processes(
+        lambda: PanopticSubmissionWriter.from_dataset("shapes_val", tmp_path), parts
+    )
     content = json.loads((extract(tmp_path) / f"{NAME}.json").read_text())
     ids = [annotation["image_id"] for annotation in content["annotations"]]
     assert ids == sorted(record["image_id"] for record in records)
