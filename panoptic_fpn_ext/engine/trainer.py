@@ -23,6 +23,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..data import PanopticFPNMapper
+from ..data.label_space import with_isthing
 from ..errors import UserError
 from ..evaluation import build_evaluator
 from .checkpoint import PanopticFPNCheckpointer
@@ -124,7 +125,14 @@ class Trainer(DefaultTrainer):
             min_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else 0,
             proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
-        counted = [{"annotations": _instances(record), "record": record} for record in records]
+
+        def instances(record: dict[str, Any]) -> list[dict[str, Any]]:
+            if "annotations" in record:
+                return record["annotations"]
+            segments = with_isthing(record.get("segments_info", ()), mapper.thing_sem_seg_ids)
+            return [segment for segment in segments if segment["isthing"]]
+
+        counted = [{"annotations": instances(record), "record": record} for record in records]
         return build_detection_train_loader(
             cfg, dataset=counted, mapper=lambda item: mapper(item["record"])
         )
@@ -157,13 +165,6 @@ class Trainer(DefaultTrainer):
                 json.dump({k: None if v != v else v for k, v in scores.items()}, file, indent=2)
             logging.getLogger(__name__).info("Scores written to %s", path)
         return results
-
-
-def _instances(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The instances of a record, dicts with a contiguous ``category_id``."""
-    if "annotations" in record:
-        return record["annotations"]
-    return [segment for segment in record["segments_info"] if segment["isthing"]]
 
 
 def _inference_folder(cfg: CfgNode, dataset_name: str) -> str:

@@ -7,9 +7,10 @@ from itertools import islice
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from torch import nn
 
-from panoptic_fpn_ext import UserError, add_panoptic_fpn_config
+from panoptic_fpn_ext import PanopticFPNMapper, UserError, add_panoptic_fpn_config
 from panoptic_fpn_ext.engine import Trainer
 
 from ..data.tiny_dataset import TinyDataset
@@ -196,7 +197,8 @@ def test_images_with_rare_things_are_repeated(training_cfg, tmp_path, square_roo
     elif not square_root:
         pytest.skip("a key of Detectron2's main")
     dataset = TinyDataset(tmp_path / "tiny", num_images=8)
-    for annotation in (*dataset.panoptic["annotations"], *dataset.instances["annotations"]):
+    counted = dataset.instances if instances else dataset.panoptic
+    for annotation in counted["annotations"]:
         for labelled in annotation.get("segments_info", [annotation]):
             if annotation["image_id"] > 1 and labelled["category_id"] == PERSON_CATEGORY:
                 labelled["category_id"] = CAR_CATEGORY
@@ -209,12 +211,39 @@ def test_images_with_rare_things_are_repeated(training_cfg, tmp_path, square_roo
     assert times == {1: 2 * repeats, **dict.fromkeys(range(2, 9), 2)}
 
 
-def test_filtered_and_loaded_as_with_other_samplers(training_cfg, tmp_path):
-    """Repeating leaves Detectron2's other keys of the data as they are."""
+def test_things_are_told_from_stuff_where_segments_do_not_say(training_cfg, monkeypatch):
+    """As in Detectron2's Cityscapes, whose things and stuff share one range of ids."""
+    cfg = training_cfg
+    cfg.DATALOADER.SAMPLER_TRAIN, cfg.SOLVER.IMS_PER_BATCH = "RepeatFactorTrainingSampler", 1
+    cfg.DATALOADER.REPEAT_THRESHOLD = 1.0
+    classes = ["sky", "car", "grass", "ship"]
+    segments = [[{"category_id": c} for c in ids] for ids in ([0, 1], [1], [1, 2], [1, 3])]
+    records = [{"image_id": k, "segments_info": infos} for k, infos in enumerate(segments)]
+    monkeypatch.setattr(
+        PanopticFPNMapper, "__call__", lambda self, record: {**record, "height": 1, "width": 1}
+    )
+    cfg.DATASETS.TRAIN = ("shared_range",)
+    metadata = MetadataCatalog.get("shared_range")
+    metadata.set(thing_classes=classes, stuff_classes=classes)
+    metadata.set(thing_dataset_id_to_contiguous_id={7: 1, 9: 3})
+    DatasetCatalog.register("shared_range", lambda: records)
+    try:
+        batches = islice(Trainer.build_train_loader(cfg), 5)
+        times = Counter(record["image_id"] for (record,) in batches)
+    finally:
+        DatasetCatalog.remove("shared_range")
+        MetadataCatalog.remove("shared_range")
+    assert times == {0: 1, 1: 1, 2: 1, 3: 2}  # of the ship's frequency of 1 / 4
+
+
+@pytest.mark.parametrize("filtered", [True, False])
+def test_images_without_things_are_filtered_where_they_are_repeated(
+    training_cfg, tmp_path, filtered
+):
     cfg = training_cfg
     cfg.DATALOADER.SAMPLER_TRAIN = "RepeatFactorTrainingSampler"
     cfg.SOLVER.IMS_PER_BATCH = 1
-    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = True
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = filtered
     dataset = TinyDataset(tmp_path / "tiny", num_images=3)
     kept = [a for a in dataset.instances["annotations"] if a["image_id"] != 2]
     dataset.instances["annotations"] = kept
@@ -222,5 +251,5 @@ def test_filtered_and_loaded_as_with_other_samplers(training_cfg, tmp_path):
     with dataset.registered(instances=True) as name:
         cfg.DATASETS.TRAIN = (name,)
         batches = [batch for (batch,) in islice(Trainer.build_train_loader(cfg), 4)]
-    assert {record["image_id"] for record in batches} == {1, 3}
-    assert all(len(record["instances"]) == 2 for record in batches)
+    assert {record["image_id"] for record in batches} == {1, 3, *({} if filtered else {2})}
+    assert {len(record["instances"]) for record in batches} == {2, *({} if filtered else {0})}
