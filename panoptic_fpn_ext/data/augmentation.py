@@ -1,4 +1,4 @@
-"""What training does to an image and its ground truth: resize, crop, flip, colours."""
+"""What training does to an image and its ground truth: resizing, cropping, flips, colours."""
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -6,7 +6,7 @@ from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 
 from ..errors import UserError
-from .targets import extents, transform_index
+from .targets import segment_boxes, transform_index
 
 CROP_TYPES = ("relative_range", "relative", "absolute", "absolute_range")
 
@@ -14,16 +14,16 @@ CROP_TYPES = ("relative_range", "relative", "absolute", "absolute_range")
 class PanopticAugInput(T.AugInput):
     """An image and the index map of its segments, for augmentations that look at both."""
 
-    def __init__(self, image: np.ndarray, *, index: np.ndarray, instance_places: list[int]) -> None:
+    def __init__(self, image: np.ndarray, *, index: np.ndarray, instance_values: list[int]) -> None:
         """
         Args:
             image: (H, W, C) uint8.
             index: (H, W), see :func:`~panoptic_fpn_ext.data.targets.index_segments`.
-            instance_places: the values of ``index`` that are instances.
+            instance_values: the values of ``index`` that are instances.
         """
         super().__init__(image)
         self.index = index
-        self.instance_places = instance_places
+        self.instance_values = instance_values
 
     def transform(self, tfm: T.Transform) -> None:
         super().transform(tfm)
@@ -31,17 +31,17 @@ class PanopticAugInput(T.AugInput):
 
 
 class RandomCropHoldingInstance(T.RandomCrop):
-    """Detectron2's random crop, drawn so that it holds an instance, if the image has one.
+    """Detectron2's random crop, drawn so that it contains an instance, if the image has one.
 
-    It holds the whole of a random instance, or a part of it in a direction in which the instance
-    is larger than the crop; never none of its pixels.
+    It contains the whole of a random instance, or, along an axis in which that is larger than the
+    crop, a part; always at least one of its pixels.
     """
 
     def __init__(self, crop_type: str, crop_size: tuple[float, float], probability: float) -> None:
         """
         Args:
             crop_type, crop_size: see :class:`detectron2.data.transforms.RandomCrop`.
-            probability: how often to look for an instance; other crops are drawn blindly.
+            probability: how often to look for an instance; the other crops are drawn blindly.
         """
         super().__init__(crop_type, crop_size)
         self.probability = probability
@@ -49,20 +49,23 @@ class RandomCropHoldingInstance(T.RandomCrop):
     def __call__(self, aug_input: T.AugInput) -> T.Transform:
         if not isinstance(aug_input, PanopticAugInput) or np.random.rand() >= self.probability:
             return super().__call__(aug_input)
-        crop = self._hold(aug_input.index, aug_input.instance_places)
+        crop = self._crop_with_instance(aug_input.index, aug_input.instance_values)
         if crop is None:
             return super().__call__(aug_input)
         aug_input.transform(crop)
         return crop
 
-    def _hold(self, index: np.ndarray, instance_places: list[int]) -> T.Transform | None:
-        found = extents(index)
-        candidates = np.flatnonzero(np.isin(found.values, instance_places))
+    def _crop_with_instance(
+        self, index: np.ndarray, instance_values: list[int]
+    ) -> T.Transform | None:
+        """A crop that contains an instance of an index map (H, W); None if there is none."""
+        segments = segment_boxes(index)
+        candidates = np.flatnonzero(np.isin(segments.values, instance_values))
         if not len(candidates):
             return None
         chosen = np.random.choice(candidates)
-        x0, y0, x1, y1 = found.boxes[chosen].tolist()
-        pixels = np.argwhere(index[y0:y1, x0:x1] == found.values[chosen])
+        x0, y0, x1, y1 = segments.boxes[chosen].tolist()
+        pixels = np.argwhere(index[y0:y1, x0:x1] == segments.values[chosen])
         y, x = (pixels[np.random.randint(len(pixels))] + (y0, x0)).tolist()
         height, width = self.get_crop_size(index.shape)
         top = _start(y0, y1, y, height, index.shape[0])
@@ -70,10 +73,16 @@ class RandomCropHoldingInstance(T.RandomCrop):
         return T.CropTransform(left, top, width, height)
 
 
-def _start(low: int, high: int, inside: int, size: int, limit: int) -> int:
-    """Where a crop of ``size`` starts, of ``limit``, to hold low..high, or ``inside`` at least."""
+def _start(low: int, high: int, pixel: int, size: int, limit: int) -> int:
+    """A random start of a crop along an axis.
+
+    Args:
+        low, high: what the crop is to contain; if it is larger than the crop, only ``pixel``.
+        size: of the crop.
+        limit: of the image.
+    """
     if high - low > size:
-        low, high = inside, inside + 1
+        low, high = pixel, pixel + 1
     return int(np.random.randint(max(0, high - size), min(low, limit - size) + 1))
 
 

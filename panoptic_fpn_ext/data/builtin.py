@@ -1,4 +1,4 @@
-"""The datasets that are registered when the package is imported, under ``DETECTRON2_DATASETS``.
+"""The datasets that importing the package registers, under ``DETECTRON2_DATASETS``.
 
 Expected trees: ``datasets/README.md``.
 """
@@ -16,7 +16,7 @@ COCO_CATEGORIES = [
     {**category, "name": category["name"].replace("-other", "").replace("-merged", "")}
     for category in builtin_meta.COCO_CATEGORIES
 ]
-"""Those of COCO panoptic, by the names that Detectron2 gives them."""
+"""The categories of COCO panoptic, by the names that Detectron2 gives them."""
 
 CITYSCAPES_CATEGORIES = [
     {
@@ -28,7 +28,7 @@ CITYSCAPES_CATEGORIES = [
     for label in CITYSCAPES_LABELS
     if not label.ignoreInEval
 ]
-"""What cityscapesscripts' ``createPanopticImgs`` writes; in the order of ids and of train ids."""
+"""The categories that cityscapesscripts' ``createPanopticImgs`` writes, in order of (train) id."""
 
 
 def register_shapes(root: Path) -> None:
@@ -77,7 +77,7 @@ def register_cityscapes(root: Path, name: str) -> None:
 
 
 def cityscapes_image(image: dict[str, Any]) -> str:
-    """Where an image of a Cityscapes panoptic JSON lies, whose ``file_name`` is none of a file."""
+    """The path of an image of a Cityscapes panoptic JSON, whose ``file_name`` names no file."""
     city = image["id"].partition("_")[0]
     return f"{city}/{image['id']}_leftImg8bit.png"
 

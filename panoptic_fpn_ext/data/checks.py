@@ -1,4 +1,4 @@
-"""Reading a whole panoptic dataset, every file of it, for everything that is wrong."""
+"""Checks of a whole panoptic dataset: every file is read, everything that is wrong is listed."""
 
 import os
 from collections import Counter
@@ -15,7 +15,7 @@ from ..errors import UserError
 from .coco_json import Fault, instances_faults, panoptic_faults, read_json
 from .mapper import read_image
 from .panoptic_png import read_panoptic_png
-from .targets import extents
+from .targets import segment_boxes
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Report:
 
 @dataclass(frozen=True)
 class _Image:
-    """An image of the JSON with its annotation, as far as they are usable."""
+    """An image of the JSON with its annotation, as far as these are usable."""
 
     file_name: str
     pan_seg_file_name: str | None
@@ -72,7 +72,7 @@ def check_panoptic_dataset(
     workers: int = 0,
     progress: bool = False,
 ) -> Report:
-    """Read all of a dataset in the COCO panoptic format and list what is wrong in it.
+    """Read all of a dataset in the COCO panoptic format, and list what is wrong with it.
 
     Args:
         image_root, panoptic_root, panoptic_json, instances_json, image_file_name: as in
@@ -81,8 +81,7 @@ def check_panoptic_dataset(
         progress: show a progress bar.
 
     Returns:
-        The report. What does not concern a dataset's usability, files that the JSON does not name,
-        is no fault.
+        The report. Files that the JSON does not name are not faults.
     """
     source = str(panoptic_json)
     try:
@@ -105,12 +104,14 @@ def check_panoptic_dataset(
         _ImageChecks(images, source, names),
         batch_size=None,
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=_identity,
         worker_init_fn=_one_thread,
     )
-    for found, of_image in tqdm(loader, desc="check", unit="image", disable=not progress):
-        faults += found
-        statistics.add(of_image)
+    for image_faults, image_statistics in tqdm(
+        loader, desc="check", unit="image", disable=not progress
+    ):
+        faults += image_faults
+        statistics.add(image_statistics)
     return Report(faults, statistics)
 
 
@@ -123,8 +124,8 @@ class _ImageChecks(Dataset):
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitem__(self, place: int) -> tuple[list[Fault], Statistics]:
-        image = self._images[place]
+    def __getitem__(self, index: int) -> tuple[list[Fault], Statistics]:
+        image = self._images[index]
         faults = _image_file_faults(image)
         if image.pan_seg_file_name is None:
             return faults, Statistics(images=1)
@@ -151,9 +152,10 @@ def _png_faults(
         ids = read_panoptic_png(png)
     except UserError as error:
         return [_of_file("unreadable-png", png, error, image_id)], Statistics(images=1)
-    found = extents(ids)
-    areas = dict(zip(found.values.tolist(), found.areas.tolist(), strict=True))
-    boxes = dict(zip(found.values.tolist(), found.boxes.tolist(), strict=True))
+    segments = segment_boxes(ids)
+    values = segments.values.tolist()
+    areas = dict(zip(values, segments.areas.tolist(), strict=True))
+    boxes = dict(zip(values, segments.boxes.tolist(), strict=True))
     statistics = Statistics(images=1, pixels=ids.size, void_pixels=areas.get(0, 0))
     faults = []
     if ids.shape != (image.height, image.width):
@@ -163,7 +165,7 @@ def _png_faults(
         )
         faults.append(Fault("wrong-size", png, message, image_id))
     listed = {info.get("id") for info in image.segments_info}
-    for value in found.values.tolist():
+    for value in values:
         if value and value not in listed:
             message = f"{areas[value]} pixels of it, but it is not in segments_info of {source}"
             faults.append(Fault("id-not-in-json", png, message, image_id, value))
@@ -175,7 +177,7 @@ def _png_faults(
             message = f"in segments_info, but {png} has no pixel of it"
             faults.append(Fault("id-not-in-png", source, message, image_id, segment_id))
             continue
-        faults += _extent_faults(info, areas[segment_id], boxes[segment_id], image_id, source)
+        faults += _area_and_box_faults(info, areas[segment_id], boxes[segment_id], image_id, source)
         crowd = bool(info.get("iscrowd"))
         name = names.get(info.get("category_id"), "unknown")
         statistics.crowd_pixels += areas[segment_id] * crowd
@@ -184,10 +186,10 @@ def _png_faults(
     return faults, statistics
 
 
-def _extent_faults(
+def _area_and_box_faults(
     info: dict[str, Any], area: int, box: list[int], image_id: Hashable, source: str
 ) -> list[Fault]:
-    """Faults of ``area`` and ``bbox`` of a segment, where it has them."""
+    """Faults of ``area`` and ``bbox`` of a segment; ``box`` is x0, y0, x1, y1 of its pixels."""
     x0, y0, x1, y1 = box
     expected = {"area": area, "bbox": [x0, y0, x1 - x0, y1 - y0]}
     return [
@@ -209,7 +211,7 @@ def _usable_images(
     panoptic_root: str | os.PathLike,
     image_file_name: Callable[[dict[str, Any]], str],
 ) -> list[_Image]:
-    """What can be looked at, each image once; what cannot is a fault of the JSON."""
+    """The images that can be checked, each once; why others cannot is a fault of the JSON."""
     if not isinstance(content, dict):
         return []
     annotations = {}
@@ -269,11 +271,11 @@ def _dicts(entries: Any) -> list[dict[str, Any]]:
 
 
 def _of_file(kind: str, file: str, error: UserError, image_id: Hashable = None) -> Fault:
-    """The fault that an error whose message begins with the file's name tells of."""
+    """The fault of an error, whose message begins with the file's name."""
     return Fault(kind, file, str(error).removeprefix(f"{file}: "), image_id)
 
 
-def _as_it_is(item: Any) -> Any:
+def _identity(item: Any) -> Any:
     return item
 
 

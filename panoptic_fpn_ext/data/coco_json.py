@@ -24,7 +24,7 @@ class Fault:
     """Something wrong in a dataset.
 
     ``kind`` is a short fixed name; ``image_id`` and ``segment_id`` are those of the JSON, where
-    the fault lies in one; ``message`` says what was found and what was expected.
+    the fault lies in one of them; ``message`` says what was found and what was expected.
     """
 
     kind: str
@@ -34,9 +34,9 @@ class Fault:
     segment_id: Any = None
 
     def __str__(self) -> str:
-        where = [] if self.image_id is None else [f"image {self.image_id}"]
-        where += [] if self.segment_id is None else [f"segment {self.segment_id}"]
-        return ": ".join([self.file, *where, self.message])
+        location = [] if self.image_id is None else [f"image {self.image_id}"]
+        location += [] if self.segment_id is None else [f"segment {self.segment_id}"]
+        return ": ".join([self.file, *location, self.message])
 
 
 def read_json(path: str | os.PathLike) -> Any:
@@ -132,19 +132,19 @@ def category_faults(categories: Any, *, source: str) -> Iterator[Fault]:
         message = f"{len(categories)} categories, at most {MAX_CATEGORIES} are supported"
         yield Fault("too-many", source, message)
     ids, names = {}, {}
-    for place, category in enumerate(categories):
+    for index, category in enumerate(categories):
         broken = False
         for kind, message in _broken_rules(category, _CATEGORY, {"color": _color}):
             broken = True
-            yield Fault(kind, source, f"categories[{place}]: {message}")
+            yield Fault(kind, source, f"categories[{index}]: {message}")
         if broken:
             continue
         for seen, field in ((ids, "id"), (names, "name")):
             value = category[field]
             if value in seen:
-                message = f"categories[{seen[value]}] and [{place}] have the same {field} {value!r}"
+                message = f"categories[{seen[value]}] and [{index}] have the same {field} {value!r}"
                 yield Fault(f"duplicate-category-{field}", source, message)
-            seen.setdefault(value, place)
+            seen.setdefault(value, index)
 
 
 def panoptic_faults(
@@ -175,16 +175,16 @@ def panoptic_faults(
     if not content["annotations"]:
         yield Fault("empty", source, "annotations is an empty list: no image to train or test on")
     annotated = set()
-    for place, annotation in enumerate(content["annotations"]):
+    for index, annotation in enumerate(content["annotations"]):
         broken = False
         image_id = annotation.get("image_id") if isinstance(annotation, dict) else None
         for kind, message in _broken_rules(annotation, _ANNOTATION):
             broken = True
-            yield Fault(kind, source, f"annotations[{place}]: {message}", image_id)
+            yield Fault(kind, source, f"annotations[{index}]: {message}", image_id)
         if broken:
             continue
         if image_id not in images:
-            yield Fault("unknown-image", source, f"annotations[{place}]: not in images", image_id)
+            yield Fault("unknown-image", source, f"annotations[{index}]: not in images", image_id)
         if image_id in annotated:
             yield Fault("duplicate-annotation", source, "has two annotations", image_id)
         annotated.add(image_id)
@@ -194,10 +194,10 @@ def panoptic_faults(
 def _image_faults(images: list[Any], seen: set[Hashable], source: str) -> Iterator[Fault]:
     if not images:
         yield Fault("empty", source, "images is an empty list")
-    for place, image in enumerate(images):
+    for index, image in enumerate(images):
         image_id = image.get("id") if isinstance(image, dict) else None
         for kind, message in _broken_rules(image, _IMAGE):
-            yield Fault(kind, source, f"images[{place}]: {message}", image_id)
+            yield Fault(kind, source, f"images[{index}]: {message}", image_id)
         if not isinstance(image_id, Hashable) or image_id is None:
             continue
         if image_id in seen:
@@ -209,12 +209,12 @@ def _segment_faults(
     segments: list[Any], image_id: Hashable, category_ids: Collection[int], source: str
 ) -> Iterator[Fault]:
     seen = set()
-    for place, segment in enumerate(segments):
+    for index, segment in enumerate(segments):
         segment_id = segment.get("id") if isinstance(segment, dict) else None
         broken = False
         for kind, message in _broken_rules(segment, _SEGMENT, {"iscrowd": _flag}):
             broken = True
-            message = f"segments_info[{place}]: {message}"
+            message = f"segments_info[{index}]: {message}"
             yield Fault(kind, source, message, image_id, segment_id)
         if broken:
             continue
@@ -247,43 +247,43 @@ def instances_faults(
     known = {image.get("id") for image in content["images"] if isinstance(image, dict)}
     if not known & images.keys():
         yield Fault("unknown-image", source, "none of its image ids is in the panoptic JSON")
-    for place, annotation in enumerate(content["annotations"]):
+    for index, annotation in enumerate(content["annotations"]):
         image_id = annotation.get("image_id") if isinstance(annotation, dict) else None
         if _id[0](image_id) and image_id in known and image_id not in images:
             continue  # the panoptic JSON may hold a part of the images only
         broken = False
         for kind, message in _broken_rules(annotation, _INSTANCE, optional):
             broken = True
-            yield Fault(kind, source, f"annotations[{place}]: {message}", image_id)
+            yield Fault(kind, source, f"annotations[{index}]: {message}", image_id)
         if broken:
             continue
-        where = f"annotations[{place}]"
+        entry = f"annotations[{index}]"
         if image_id not in known:
-            yield Fault("unknown-image", source, f"{where}: not in its images", image_id)
+            yield Fault("unknown-image", source, f"{entry}: not in its images", image_id)
         elif annotation["category_id"] not in things:
             message = (
-                f"{where}: category_id {annotation['category_id']} is not a thing category of the "
+                f"{entry}: category_id {annotation['category_id']} is not a thing category of the "
                 "panoptic JSON"
             )
             yield Fault("unknown-category", source, message, image_id)
         else:
-            yield from _mask_faults(annotation, images[image_id], f"{source}", where)
+            yield from _mask_faults(annotation, images[image_id], source, entry)
 
 
 def _mask_faults(
-    annotation: dict[str, Any], image: dict[str, Any], source: str, where: str
+    annotation: dict[str, Any], image: dict[str, Any], source: str, entry: str
 ) -> Iterator[Fault]:
     mask, image_id = annotation.get("segmentation"), annotation["image_id"]
     if isinstance(mask, dict) and mask["size"] != [image["height"], image["width"]]:
         message = (
-            f"{where}: segmentation is of size {_short(mask['size'])}, "
+            f"{entry}: segmentation is of size {_short(mask['size'])}, "
             f"expected [{image['height']}, {image['width']}]"
         )
         yield Fault("wrong-size", source, message, image_id)
     elif isinstance(mask, list) and not all(
         isinstance(polygon, list) and all(map(_is_number, polygon)) for polygon in mask
     ):
-        message = f"{where}: segmentation holds a polygon that is no list of numbers"
+        message = f"{entry}: segmentation contains a polygon that is not a list of numbers"
         yield Fault("wrong-value", source, message, image_id)
 
 

@@ -18,7 +18,7 @@ from ..errors import UserError
 from .augmentation import PanopticAugInput, build_augmentation
 from .label_space import thing_sem_seg_ids, with_isthing
 from .panoptic_png import read_panoptic_png
-from .targets import index_segments, instance_places, instances_from_index, sem_seg_from_index
+from .targets import index_segments, instance_values, instances_from_index, sem_seg_from_index
 
 
 class PanopticFPNMapper(DatasetMapper):
@@ -102,7 +102,7 @@ class PanopticFPNMapper(DatasetMapper):
         index = index_segments(read_panoptic_png(png), segments_info, source=png)
         _check_size(png, index, dataset_dict)
         aug_input = PanopticAugInput(
-            image, index=index, instance_places=instance_places(segments_info)
+            image, index=index, instance_values=instance_values(segments_info)
         )
         transforms = self.augmentations(aug_input)
         self._add_image(dataset_dict, aug_input.image, transforms)
@@ -133,7 +133,7 @@ class PanopticFPNMapper(DatasetMapper):
     def _transform_annotations(
         self, dataset_dict: dict[str, Any], transforms: T.TransformList, image_shape: tuple
     ) -> None:
-        """Replace ``annotations`` with ``instances``; those without a pixel left are dropped."""
+        """Replace ``annotations`` with ``instances``; those with no pixel left are dropped."""
         annotations = [dict(a) for a in dataset_dict.pop("annotations") if not a.get("iscrowd", 0)]
         segmentations = [a.pop("segmentation", None) for a in annotations]
         boxes = _transform_boxes(annotations, transforms, image_shape)
@@ -159,7 +159,7 @@ class PanopticFPNMapper(DatasetMapper):
         image_shape: tuple[int, int],
         source: str,
     ) -> BitMasks | PolygonMasks:
-        """The transformed masks of an image, all of one kind."""
+        """The transformed masks of the instances of an image (H, W), all of one kind."""
         if any(segmentation is None for segmentation in segmentations):
             raise UserError(
                 f"{source}: an instance annotation has no 'segmentation'; instances with boxes "
@@ -193,15 +193,15 @@ class PanopticFPNMapper(DatasetMapper):
 def _transform_boxes(
     annotations: list[dict[str, Any]], transforms: T.TransformList, image_shape: tuple[int, int]
 ) -> np.ndarray:
-    """The boxes of annotations, moved and clipped: (N, 4), x0, y0, x1, y1.
+    """The boxes of annotations, transformed and clipped: (N, 4), x0, y0, x1, y1.
 
-    Those of an image at once; one by one they would take longer than to decode its PNG.
+    All at once; one by one they would take longer than decoding the image's PNG.
     """
     boxes = np.zeros((len(annotations), 4))
     for mode in {annotation["bbox_mode"] for annotation in annotations}:
-        places = [k for k, annotation in enumerate(annotations) if annotation["bbox_mode"] == mode]
-        given = np.array([annotations[k]["bbox"] for k in places], dtype=np.float64)
-        boxes[places] = BoxMode.convert(given, mode, BoxMode.XYXY_ABS)
+        of_mode = [k for k, annotation in enumerate(annotations) if annotation["bbox_mode"] == mode]
+        original = np.array([annotations[k]["bbox"] for k in of_mode], dtype=np.float64)
+        boxes[of_mode] = BoxMode.convert(original, mode, BoxMode.XYXY_ABS)
     height, width = image_shape
     return np.clip(transforms.apply_box(boxes), 0, (width, height, width, height))
 
@@ -209,13 +209,13 @@ def _transform_boxes(
 def _transform_polygons(
     segmentations: list[list[Any]], transforms: T.TransformList
 ) -> list[list[np.ndarray]]:
-    """The polygons [x0, y0, x1, y1, ...] of each instance, moved but not clipped."""
+    """The polygons [x0, y0, x1, y1, ...] of each instance, transformed but not clipped."""
     polygons = [np.reshape(p, (-1, 2)) for s in segmentations for p in s]
-    # In a new array, also where there is one only: transforms work in place.
+    # A new array even where there is only one polygon, since transforms work in place.
     coordinates = np.concatenate([np.zeros((0, 2)), *polygons])
     ends = np.cumsum([len(p) for p in polygons])
-    moved = iter(np.split(transforms.apply_coords(coordinates), ends[:-1]))
-    return [[next(moved).reshape(-1) for _ in s] for s in segmentations]
+    transformed = iter(np.split(transforms.apply_coords(coordinates), ends[:-1]))
+    return [[next(transformed).reshape(-1) for _ in s] for s in segmentations]
 
 
 def read_image(dataset_dict: dict[str, Any], image_format: str) -> np.ndarray:
@@ -226,7 +226,7 @@ def read_image(dataset_dict: dict[str, Any], image_format: str) -> np.ndarray:
     """
     file_name = dataset_dict["file_name"]
     try:
-        # Of BGR Detectron2 makes a reversed view, which transforms take very long to read.
+        # For BGR Detectron2 returns a reversed view, which transforms are very slow to read.
         is_bgr = image_format == "BGR"
         image = utils.read_image(file_name, format="RGB" if is_bgr else image_format)
         if is_bgr:

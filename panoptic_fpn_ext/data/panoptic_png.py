@@ -23,7 +23,7 @@ def read_panoptic_png(file_name: str | os.PathLike) -> np.ndarray:
     """Read the segment ids of a panoptic PNG.
 
     Args:
-        file_name: the PNG, 8-bit RGB or RGBA (whose alpha, which holds no id, is dropped).
+        file_name: the PNG, 8-bit RGB or RGBA (the alpha channel is dropped).
 
     Returns:
         int32 array (H, W) of segment ids, 0 for void.
@@ -88,7 +88,7 @@ def _read_header(content: bytes, file_name: str | os.PathLike) -> tuple[str, tup
     """The mode, RGB or RGBA, and the (height, width) of an 8-bit PNG.
 
     Raises:
-        UserError: it is none, or of another mode.
+        UserError: it is not a PNG, or one of another kind.
     """
     if len(content) < 26 or not content.startswith(_SIGNATURE):
         raise UserError(f"{file_name}: not a PNG; expected an 8-bit RGB panoptic PNG")

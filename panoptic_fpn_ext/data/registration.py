@@ -67,11 +67,11 @@ def register_panoptic_dataset(
         raise UserError(f"dataset {name}: another one is registered by this name")
 
     def load_categories() -> dict[str, Any]:
-        found = categories
-        if found is None:
+        entries = categories
+        if entries is None:
             content = read_json(panoptic_json)
-            found = content.get("categories") if isinstance(content, dict) else None
-        return categories_to_metadata(found, label_space=label_space, source=str(panoptic_json))
+            entries = content.get("categories") if isinstance(content, dict) else None
+        return categories_to_metadata(entries, label_space=label_space, source=str(panoptic_json))
 
     MetadataCatalog[name] = _LazyMetadata(
         load_categories,
@@ -90,7 +90,7 @@ def register_panoptic_dataset(
 
 
 def register_datasets_of_config(cfg: CfgNode) -> None:
-    """Register the datasets of ``DATASETS.PANOPTIC``; those that already are, stay.
+    """Register the datasets of ``DATASETS.PANOPTIC`` that are not registered yet.
 
     Raises:
         UserError: an entry that is not a dict of arguments of :func:`register_panoptic_dataset`.
@@ -98,23 +98,23 @@ def register_datasets_of_config(cfg: CfgNode) -> None:
     known = dict(inspect.signature(register_panoptic_dataset).parameters)
     del known["metadata"]
     required = [name for name, parameter in known.items() if parameter.default is parameter.empty]
-    for place, arguments in enumerate(cfg.DATASETS.get("PANOPTIC", ())):
-        where = f"DATASETS.PANOPTIC[{place}]"
+    for index, arguments in enumerate(cfg.DATASETS.get("PANOPTIC", ())):
+        key = f"DATASETS.PANOPTIC[{index}]"
         if not isinstance(arguments, dict):
-            raise UserError(f"{where}: {arguments!r} is not a dict with {', '.join(required)}")
+            raise UserError(f"{key}: {arguments!r} is not a dict with {', '.join(required)}")
         for name in required:
             if name not in arguments:
-                raise UserError(f"{where}: no {name!r}; needed are {', '.join(required)}")
+                raise UserError(f"{key}: no {name!r}; needed are {', '.join(required)}")
         for name in arguments:
             if name not in known:
-                raise UserError(f"{where}: unknown {name!r}; allowed are {', '.join(known)}")
+                raise UserError(f"{key}: unknown {name!r}; allowed are {', '.join(known)}")
         if arguments["name"] not in DatasetCatalog.list():
             register_panoptic_dataset(**arguments)
             continue
-        there = MetadataCatalog.get(arguments["name"]).as_dict()
-        if there.get("panoptic_json") != arguments["panoptic_json"]:
+        registered = MetadataCatalog.get(arguments["name"]).as_dict()
+        if registered.get("panoptic_json") != arguments["panoptic_json"]:
             raise UserError(
-                f"{where}: a dataset named {arguments['name']} is registered already: choose "
+                f"{key}: a dataset named {arguments['name']} is registered already: choose "
                 "another name"
             )
 
@@ -213,7 +213,7 @@ def load_instances(
         if mask:
             instance["segmentation"] = mask
         if annotation.get("keypoints"):
-            # Pixels there, coordinates here.
+            # COCO gives indices of pixels, Detectron2 wants coordinates.
             instance["keypoints"] = [
                 value + 0.5 if k % 3 < 2 else value
                 for k, value in enumerate(annotation["keypoints"])
@@ -221,7 +221,7 @@ def load_instances(
         loaded[annotation["image_id"]].append(instance)
     if without_mask:
         logger.warning(
-            "%s: left out %d instances whose polygons have less than 3 points each",
+            "%s: left out %d instances whose polygons have fewer than 3 points each",
             instances_json,
             without_mask,
         )
@@ -234,9 +234,9 @@ def categories_to_metadata(
     """Detectron2 metadata (class names, colours, id maps) of COCO panoptic categories.
 
     Args:
-        categories: dicts with ``id``, ``name``, ``isthing`` and, where there is one, ``color``.
+        categories: dicts with ``id``, ``name``, ``isthing`` and, optionally, ``color``.
         label_space: see :func:`register_panoptic_dataset`.
-        source: the file they come from, for errors.
+        source: the file they come from, for error messages.
 
     Raises:
         UserError: the first fault in the categories.
@@ -269,7 +269,7 @@ def categories_to_metadata(
 
 
 def _check_categories(content: Any, metadata: Metadata) -> None:
-    """Raise UserError if a panoptic JSON has categories that its dataset was registered without."""
+    """Raise UserError if a panoptic JSON has categories its dataset was registered without."""
     known = {
         *metadata.thing_dataset_id_to_contiguous_id,
         *metadata.stuff_dataset_id_to_contiguous_id,
@@ -279,7 +279,7 @@ def _check_categories(content: Any, metadata: Metadata) -> None:
         if isinstance(category, dict) and category.get("id") not in known:
             raise UserError(
                 f"{metadata.panoptic_json}: category {category.get('id')} "
-                f"({category.get('name')}) is none that dataset {metadata.name} is registered "
+                f"({category.get('name')}) is not one that dataset {metadata.name} was registered "
                 f"with; their ids are {', '.join(map(str, sorted(known)))}"
             )
 
@@ -313,7 +313,7 @@ class _LazyMetadata(Metadata):
 
 
 def _color(category: dict[str, Any]) -> list[int]:
-    """The category's colour; where it has none, one made from its id, the same each time."""
+    """The category's colour (R, G, B), or else one made from its id, always the same."""
     if "color" in category:
         return list(category["color"])
     return [(category["id"] * step) % 256 for step in (37, 101, 197)]

@@ -1,4 +1,4 @@
-"""Masks of instances that are segments of one map, made where they are looked at only."""
+"""Masks of instances that are segments of one map, made only where they are needed."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -65,13 +65,13 @@ class SegmentMasks(BitMasks):
         values, counts = values.unique_consecutive(return_counts=True)
         boxes = boxes.to(self.device, torch.float32)[order]
         mask = torch.empty(self.segments.shape, device=self.device)  # of one segment at a time
-        found = []
+        crops_of_segments = []
         for value, of_segment in zip(values, boxes.split(counts.tolist()), strict=True):
             torch.eq(self.segments, value, out=mask)
-            found.append(
+            crops_of_segments.append(
                 roi_align(mask[None, None], [of_segment], mask_size, sampling_ratio=0, aligned=True)
             )
-        crops[order] = torch.cat(found).squeeze(1) >= 0.5
+        crops[order] = torch.cat(crops_of_segments).squeeze(1) >= 0.5
         return crops
 
     def get_bounding_boxes(self) -> Boxes:

@@ -2,10 +2,11 @@
 
 A map of segment ids goes through every geometric transform as an image of small indices, exactly
 as Detectron2 transforms a semantic map; the targets are then read off it. Nothing is converted
-beforehand. Segments are long runs of equal pixels, so what can be is done on runs, not on pixels.
+beforehand. Segments are long runs of equal pixels, so work is done on runs where it can be, not on
+pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import cv2
@@ -20,8 +21,8 @@ from .segment_masks import SegmentMasks
 MAX_SEGMENTS = 2**16 - 2  # two bytes, without 0 and the greatest, with which transforms pad
 
 
-class Extents(NamedTuple):
-    """The values of a map, ascending; how many pixels each has, and the box around them.
+class SegmentBoxes(NamedTuple):
+    """The values of a map, ascending; how many pixels each has, and the tight box around them.
 
     ``values`` (N,), ``areas`` (N,) and ``boxes`` (N, 4): x0, y0, x1, y1, pixel edges.
     """
@@ -31,10 +32,10 @@ class Extents(NamedTuple):
     boxes: np.ndarray
 
 
-def extents(image: np.ndarray) -> Extents:
-    """The extents of every value of an integer map (H, W)."""
-    width = image.shape[1]
-    flat = np.ascontiguousarray(image).reshape(-1)
+def segment_boxes(segments: np.ndarray) -> SegmentBoxes:
+    """Area and box of every value of an integer map (H, W)."""
+    width = segments.shape[1]
+    flat = np.ascontiguousarray(segments).reshape(-1)
     begins = np.empty(flat.size, dtype=bool)
     np.not_equal(flat[1:], flat[:-1], out=begins[1:])
     begins[::width] = True  # a run ends with its row
@@ -51,13 +52,13 @@ def extents(image: np.ndarray) -> Extents:
         np.maximum.reduceat(x + lengths, groups),
         np.maximum.reduceat(y, groups) + 1,
     ]
-    return Extents(values[groups], np.add.reduceat(lengths, groups), np.stack(boxes, axis=1))
+    return SegmentBoxes(values[groups], np.add.reduceat(lengths, groups), np.stack(boxes, axis=1))
 
 
 def index_segments(
     ids: np.ndarray, segments_info: Sequence[dict[str, Any]], *, source: str
 ) -> np.ndarray:
-    """Replace the segment ids of a panoptic PNG with the segments' places in ``segments_info``.
+    """Replace the segment ids of a panoptic PNG with the segments' positions in ``segments_info``.
 
     Args:
         ids: (H, W) integers; 0 is void.
@@ -80,23 +81,23 @@ def index_segments(
     flat = ids.reshape(-1)
     starts = np.concatenate(([0], np.flatnonzero(flat[1:] != flat[:-1]) + 1))
     values = flat[starts]
-    places = order[np.searchsorted(known[order], values).clip(max=len(known) - 1)]
-    missing = values[known[places] != values]
+    positions = order[np.searchsorted(known[order], values).clip(max=len(known) - 1)]
+    missing = values[known[positions] != values]
     if len(missing):
         raise UserError(f"{source}: segment id {missing.min()} is not in segments_info")
     dtype = np.uint8 if len(segments_info) < 255 else np.uint16
-    return np.repeat(places.astype(dtype), np.diff(starts, append=flat.size)).reshape(ids.shape)
+    return np.repeat(positions.astype(dtype), np.diff(starts, append=flat.size)).reshape(ids.shape)
 
 
 def transform_index(index: np.ndarray, transforms: Transform | TransformList) -> np.ndarray:
     """Apply the transforms of an image to its index map.
 
-    What comes in from outside, for which Detectron2 has 0 or 255, is void. The result is
-    contiguous: a flip is a view, which each that reads it would have to copy.
+    What comes in from outside the image, which Detectron2 fills with 0 or 255, is void. The result
+    is contiguous: a flip is a view, which every reader would have to copy.
     """
     if index.dtype == np.uint8:
         return np.ascontiguousarray(transforms.apply_segmentation(index))
-    # Detectron2's transforms take bytes; both maps go through the same ones.
+    # Detectron2's transforms take bytes; both halves go through the same ones.
     low, high = (
         transforms.apply_segmentation(part.astype(np.uint8)) for part in (index & 255, index >> 8)
     )
@@ -107,7 +108,7 @@ def sem_seg_from_index(
     index: np.ndarray,
     segments_info: Sequence[dict[str, Any]],
     *,
-    thing_sem_seg_ids: Sequence[int],
+    thing_sem_seg_ids: Mapping[int, int],
     ignore_label: int,
 ) -> np.ndarray:
     """The semantic map of an index map of :func:`index_segments`.
@@ -117,7 +118,7 @@ def sem_seg_from_index(
     Args:
         index: (H, W), uint8 or uint16.
         segments_info: the segments, category ids contiguous.
-        thing_sem_seg_ids: the semantic class of each thing category.
+        thing_sem_seg_ids: thing category -> semantic class.
         ignore_label: the value of void pixels.
 
     Returns:
@@ -134,7 +135,7 @@ def sem_seg_from_panoptic(
     ids: np.ndarray,
     segments_info: Sequence[dict[str, Any]],
     *,
-    thing_sem_seg_ids: Sequence[int],
+    thing_sem_seg_ids: Mapping[int, int],
     ignore_label: int,
     source: str = "panoptic map",
 ) -> np.ndarray:
@@ -147,8 +148,8 @@ def sem_seg_from_panoptic(
     )
 
 
-def instance_places(segments_info: Sequence[dict[str, Any]]) -> list[int]:
-    """The values in an index map that are instances: things that are no crowds."""
+def instance_values(segments_info: Sequence[dict[str, Any]]) -> list[int]:
+    """The values of an index map that are instances: things that are not crowds."""
     return [
         k + 1
         for k, info in enumerate(segments_info)
@@ -159,7 +160,7 @@ def instance_places(segments_info: Sequence[dict[str, Any]]) -> list[int]:
 def instances_from_index(
     index: np.ndarray, segments_info: Sequence[dict[str, Any]], *, with_masks: bool = True
 ) -> Instances:
-    """The instances of an index map of :func:`index_segments`: things that are no crowds.
+    """The instances of an index map of :func:`index_segments`: things that are not crowds.
 
     Args:
         index: (H, W), uint8 or uint16, transformed as the image is.
@@ -170,19 +171,19 @@ def instances_from_index(
         Instances with ``gt_classes``, ``gt_boxes``, tight around the masks, and ``gt_masks``
         (SegmentMasks, which are BitMasks); one for each segment that still has a pixel.
     """
-    found = extents(index)
-    kept = np.isin(found.values, instance_places(segments_info))
-    places = found.values[kept]
+    segments = segment_boxes(index)
+    is_instance = np.isin(segments.values, instance_values(segments_info))
+    values = segments.values[is_instance]
     instances = Instances(index.shape)
-    instances.gt_boxes = Boxes(torch.from_numpy(found.boxes[kept].astype(np.float32)))
+    instances.gt_boxes = Boxes(torch.from_numpy(segments.boxes[is_instance].astype(np.float32)))
     instances.gt_classes = torch.tensor(
-        [segments_info[place - 1]["category_id"] for place in places.tolist()], dtype=torch.int64
+        [segments_info[value - 1]["category_id"] for value in values.tolist()], dtype=torch.int64
     )
     if with_masks:
-        # PyTorch does not compute with uint16, nor take what is flipped or read-only.
+        # PyTorch does not compute with uint16, nor take flipped or read-only arrays.
         dtype = np.uint8 if index.dtype == np.uint8 else np.int32
-        segments = np.require(index, dtype, ["C", "W"])
+        index = np.require(index, dtype, ["C", "W"])
         instances.gt_masks = SegmentMasks(
-            torch.from_numpy(segments), torch.from_numpy(places.astype(dtype))
+            torch.from_numpy(index), torch.from_numpy(values.astype(dtype))
         )
     return instances

@@ -195,7 +195,7 @@ CASES_OF_INSTANCES: dict[str, tuple[Break, str]] = {
     ),
     "polygon in words": (
         lambda d: d.instances["annotations"][0].update(segmentation=[["a"] * 6]),
-        r"instances\.json: image 1: .*no list of numbers",
+        r"instances\.json: image 1: .*not a list of numbers",
     ),
     "keypoints without their visibility": (
         lambda d: d.instances["annotations"][0].update(keypoints=[1, 2]),

@@ -101,7 +101,7 @@ def test_train_ids_where_label_ids_belong_are_told_apart(tree, tmp_path):
     tree(useTrainId=True)
     for path in (tmp_path / "gtFine").glob("cityscapes_panoptic_val_trainId*"):
         path.rename(path.with_name(path.name.replace("_trainId", "")))
-    with pytest.raises(UserError, match=r"_val\.json: category 0 \(road\) is none that dataset"):
+    with pytest.raises(UserError, match=r"_val\.json: category 0 \(road\) is not one that dataset"):
         DatasetCatalog.get("test_builtin_val")
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from panoptic_fpn_ext.data.checks import check_panoptic_dataset
 from panoptic_fpn_ext.data.panoptic_png import read_panoptic_png, write_panoptic_png
-from panoptic_fpn_ext.data.targets import extents
+from panoptic_fpn_ext.data.targets import segment_boxes
 
 from .tiny_dataset import CAR, CROWD, PERSON, SKY, TinyDataset
 
@@ -100,13 +100,13 @@ def test_a_sound_dataset_has_none(shapes):
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**31))
-def test_extents_equal_a_loop(seed):
+def test_segment_boxes_equal_a_loop(seed):
     rng = np.random.default_rng(seed)
     image = rng.integers(0, 6, (rng.integers(1, 9), rng.integers(1, 9)))
     image = np.kron(image, np.ones((2, 3), int))[:, :: rng.choice([-1, 1])]
-    found = extents(image)
-    assert found.values.tolist() == sorted(set(image.ravel().tolist()))
-    for value, area, box in zip(*found, strict=True):
+    segments = segment_boxes(image)
+    assert segments.values.tolist() == sorted(set(image.ravel().tolist()))
+    for value, area, box in zip(*segments, strict=True):
         ys, xs = np.nonzero(image == value)
         assert area == len(ys)
         assert box.tolist() == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]

@@ -12,7 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from panoptic_fpn_ext import register_panoptic_dataset
 from panoptic_fpn_ext.data.panoptic_png import write_panoptic_png
-from panoptic_fpn_ext.data.targets import extents
+from panoptic_fpn_ext.data.targets import segment_boxes
 
 CATEGORIES = [
     {"id": 3, "name": "sky", "isthing": 0, "color": [70, 130, 180]},
@@ -64,8 +64,8 @@ class TinyDataset:
         ids[4:12, 2:10] = CAR
         ids[6:14, 12:17] = PERSON
         ids[2:8, 20:30] = CROWD
-        found = extents(ids)
-        boxes = dict(zip(found.values.tolist(), found.boxes.tolist(), strict=True))
+        values, _, boxes = segment_boxes(ids)
+        boxes = dict(zip(values.tolist(), boxes.tolist(), strict=True))
         segments = [
             {
                 "id": i,
