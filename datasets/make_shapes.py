@@ -226,17 +226,17 @@ def make_shapes(
     recipe = _recipe(layout, files.SIZE if size is None else size, num_images, seed)
     if workers < 1:
         raise ShapesError(f"workers must be 1 or more, not {workers}")
-    found = _read_recipe(root)
-    if found == recipe and _is_complete(root, recipe):
+    existing = _read_recipe(root)
+    if existing == recipe and _is_complete(root, recipe):
         return False
-    if found is not None and found != recipe and not overwrite:
-        differing = [key for key in recipe if found.get(key) != recipe[key]]
+    if existing is not None and existing != recipe and not overwrite:
+        differing = [key for key in recipe if existing.get(key) != recipe[key]]
         raise ShapesError(
             f"{root} holds Shapes made with another {' and '.join(differing)}: pass "
             "--overwrite to replace it, or choose another output folder"
         )
-    if found is not None:
-        _remove(root, found)
+    if existing is not None:
+        _remove(root, existing)
     root.mkdir(parents=True, exist_ok=True)
     # The recipe first: it tells whose the folder is.
     _write(root / "recipe.json", f"{json.dumps(recipe)}\n".encode())
