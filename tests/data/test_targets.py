@@ -168,6 +168,18 @@ def test_as_many_segments_as_a_byte_holds_and_more(seed, num_segments, padding):
     assert len(instances) == len(np.unique(expected[(k >= 0) & (k % 2 == 0)]))
 
 
+def test_as_many_segments_as_two_bytes_hold():
+    """The greatest of their values is what Detectron2 pads both bytes with: void."""
+    segments_info = [{"id": k + 1, "isthing": True, "category_id": 0} for k in range(2**16 - 2)]
+    ids = np.array([[0, 1, 40_000, 2**16 - 2]])
+    index = index_segments(ids, segments_info, source="a.png")
+    assert index.tolist() == ids.tolist()
+    masks = instances_from_index(index, segments_info).gt_masks.tensor
+    assert masks.tolist() == [[[False, k == 0, k == 1, k == 2]] for k in range(3)]
+    with pytest.raises(UserError, match=r"a\.png: 65535 segments, at most 65534"):
+        index_segments(ids, [*segments_info, {"id": 2**16 - 1}], source="a.png")
+
+
 def test_an_id_without_a_segment_is_an_error_that_names_file_and_id():
     with pytest.raises(UserError, match=r"a\.png: segment id 7 is not in segments_info"):
         index_segments(np.full((2, 2), 7), [{"id": 8}], source="a.png")
