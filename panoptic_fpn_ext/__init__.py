@@ -17,6 +17,7 @@ from .config import add_panoptic_fpn_config
 from .data import PanopticFPNMapper, register_panoptic_dataset
 from .errors import UserError
 from .evaluation import PanopticQualityEvaluator, SemSegIoUEvaluator, build_evaluator
+from .modeling import accelerate, decelerate
 
 __version__ = "0.1.0"
 
@@ -25,9 +26,11 @@ __all__ = [
     "PanopticQualityEvaluator",
     "SemSegIoUEvaluator",
     "UserError",
+    "accelerate",
     "add_panoptic_fpn_config",
     "build_evaluator",
     "data",
+    "decelerate",
     "modeling",
     "register_panoptic_dataset",
 ]

@@ -1,45 +1,56 @@
-"""Every config key of the extension, and the keys whose value comes from the dataset."""
+"""Every config key of the extension; what a config leaves to its dataset; what would do nothing."""
 
-import os
+import logging
+from collections.abc import Callable
+from typing import Any
 
-import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 
+from .data.label_space import thing_sem_seg_ids
 from .errors import UserError
+
+logger = logging.getLogger(__name__)
 
 OUTPUTS = ("sem_seg", "instances", "panoptic_seg")
 FROM_DATASET = -1
-"""Value of a class count that :func:`resolve_dataset_keys` takes from the dataset."""
+"""In ``MODEL.PANOPTIC_FPN.THING_SEM_SEG_IDS``: what the dataset says."""
+
+MERGING_ARCHITECTURES = ("PanopticFPNExt", "TwoNetworkPanopticFPN")
+ONLY_OUTPUT = {"SemanticFPN": "sem_seg", "GeneralizedRCNN": "instances"}
+ARCHITECTURES = (*MERGING_ARCHITECTURES, "SemanticFPN")
+_DETECTRON2_DEFAULTS = get_cfg()
 
 
 def add_panoptic_fpn_config(cfg: CfgNode) -> None:
     """Add the keys of panoptic_fpn_ext, with their defaults, to a Detectron2 config, in place.
 
-    Every other key the models use (``MODEL.SEM_SEG_HEAD.*``, ``MODEL.PANOPTIC_FPN.COMBINE.*``,
-    ``MODEL.PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT``, ...) is Detectron2's own and keeps its meaning.
+    No key of Detectron2's is changed. Every other key that the models use keeps its meaning, with
+    three things to know:
+
+    - ``MODEL.ROI_HEADS.NUM_CLASSES`` and ``MODEL.SEM_SEG_HEAD.NUM_CLASSES`` follow the datasets
+      where they have Detectron2's default; see :func:`resolve_config`.
+    - ``MODEL.PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT`` (λi) weighs all losses of the ROI heads. At 0 the
+      instance task is left out of training, the RPN included, as at ``MODEL.SEM_SEG_HEAD.
+      LOSS_WEIGHT`` (λs) 0 the semantic task is.
+    - ``DATALOADER.FILTER_EMPTY_ANNOTATIONS`` is True in Detectron2, also for panoptic datasets with
+      an instances JSON; the configs of this project set it to False, since an image without things
+      still has stuff to learn from.
     """
-    # A machine without a GPU is no reason to stop.
-    if not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
-
-    # An image without things still has stuff to learn from.
-    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
-
-    # Both class counts follow the first dataset of DATASETS.TRAIN unless set.
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = FROM_DATASET
-    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = FROM_DATASET
-
-    # Speed, with the same results up to rounding. On CPUs, convolutions with fewer multiplications.
-    cfg.MODEL.WINOGRAD = True
-    # The channels of a pixel side by side in memory, where that is faster: on GPUs, and on CPUs in
-    # inference without the above.
-    cfg.MODEL.CHANNELS_LAST = True
+    if "ACCELERATION" in cfg.MODEL:
+        return  # they are there, and may be set
+    # Speed, with the same results up to rounding (docs/ACCELERATION.md).
+    cfg.MODEL.ACCELERATION = CfgNode()
+    # On CPUs in inference, convolutions with fewer multiplications.
+    cfg.MODEL.ACCELERATION.WINOGRAD = True
     # Batch normalization, in training only where frozen, as part of the convolution before it.
-    cfg.MODEL.FOLD_BN = True
+    cfg.MODEL.ACCELERATION.FOLD_BN = True
+    # The channels of a pixel side by side in memory, where that is faster: on GPUs, and on CPUs in
+    # inference without Winograd's algorithm.
+    cfg.MODEL.ACCELERATION.CHANNELS_LAST = True
     # "float16" or "bfloat16" for mixed precision in inference; for training, SOLVER.AMP.
-    cfg.MODEL.INFERENCE_PRECISION = "float32"
+    cfg.MODEL.ACCELERATION.PRECISION = "float32"
 
     # How the semantic branch brings the levels of the pyramid together: "sum" or "concat".
     cfg.MODEL.SEM_SEG_HEAD.AGGREGATION = "sum"
@@ -98,89 +109,182 @@ def add_panoptic_fpn_config(cfg: CfgNode) -> None:
     cfg.SOLVER.OPTIMIZER = "SGD"
 
 
-def resolve_dataset_keys(cfg: CfgNode) -> CfgNode:
-    """Fill in the keys that are left to the dataset, and hold those that are set against it.
+def resolve_config(cfg: CfgNode) -> CfgNode:
+    """Fill in what a config leaves to its datasets, and refuse what does not fit or has no effect.
+
+    A class count that has Detectron2's default follows the datasets of ``DATASETS.TRAIN`` and
+    ``DATASETS.TEST``, as far as they are registered and on this machine; so do
+    ``THING_SEM_SEG_IDS``.
 
     Returns:
         ``cfg`` itself if it leaves nothing open (a config of Detectron2 alone, without
         :func:`add_panoptic_fpn_config`, gets the extension's keys first), else a resolved copy.
 
     Raises:
-        UserError: a key is left to the dataset, but none is registered by that name; or a class
-            count is set and another than that of a dataset.
+        UserError: datasets whose classes differ; a class count that is set and another than the
+            dataset's; a key that would have no effect.
     """
-    if "OUTPUTS" not in cfg.MODEL.PANOPTIC_FPN:
-        num_classes = (cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
-        device = cfg.MODEL.DEVICE
+    if "ACCELERATION" not in cfg.MODEL:
         cfg = _thawed(cfg)
         add_panoptic_fpn_config(cfg)
-        cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = num_classes
-        cfg.MODEL.DEVICE = device
+    _refuse_idle_keys(cfg)
 
-    things, sem_seg = cfg.MODEL.ROI_HEADS, cfg.MODEL.SEM_SEG_HEAD
-    counts_open = FROM_DATASET in (things.NUM_CLASSES, sem_seg.NUM_CLASSES)
-    ids_open = FROM_DATASET in cfg.MODEL.PANOPTIC_FPN.THING_SEM_SEG_IDS
-    datasets = _datasets(cfg)
-    if counts_open and not datasets:
-        raise UserError(
-            "MODEL.ROI_HEADS.NUM_CLASSES and MODEL.SEM_SEG_HEAD.NUM_CLASSES are left to the "
-            f"dataset, but none of DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} and DATASETS.TEST "
-            f"{tuple(cfg.DATASETS.TEST)} is registered: set both, or register the dataset first"
-        )
-    if counts_open or ids_open:
-        metadata = next(iter(datasets.values()), Metadata())
+    datasets = _datasets_with_classes(cfg)
+    for metadata in datasets[1:]:
+        _check_same_classes(datasets[0], metadata)
+    resolved: dict[str, Any] = {}
+    for key, attribute, kind in (
+        ("MODEL.ROI_HEADS.NUM_CLASSES", "thing_classes", "thing"),
+        ("MODEL.SEM_SEG_HEAD.NUM_CLASSES", "stuff_classes", "semantic"),
+    ):
+        classes = datasets[0].get(attribute, None) if datasets else None
+        value = _value(cfg, key)
+        if classes is None or value == len(classes):
+            continue
+        if value != _value(_DETECTRON2_DEFAULTS, key):
+            raise UserError(
+                f"{key} is {value}, but dataset {datasets[0].name} has {len(classes)} {kind} "
+                "classes: leave the key out, and it is taken from the dataset"
+            )
+        resolved[key] = len(classes)
+    merges = cfg.MODEL.META_ARCHITECTURE in MERGING_ARCHITECTURES
+    if merges and FROM_DATASET in cfg.MODEL.PANOPTIC_FPN.THING_SEM_SEG_IDS:
+        # Without a dataset as in Detectron2: class 0 is "things".
+        ids = thing_sem_seg_ids(datasets[0]).values() if datasets else (0,)
+        resolved["MODEL.PANOPTIC_FPN.THING_SEM_SEG_IDS"] = sorted(set(ids))
+    only_output = ONLY_OUTPUT.get(cfg.MODEL.META_ARCHITECTURE)
+    if only_output and len(cfg.MODEL.PANOPTIC_FPN.OUTPUTS) > 1:
+        resolved["MODEL.PANOPTIC_FPN.OUTPUTS"] = [only_output]
+    if resolved:
         cfg = _thawed(cfg)
-        things, sem_seg = cfg.MODEL.ROI_HEADS, cfg.MODEL.SEM_SEG_HEAD
-        if things.NUM_CLASSES == FROM_DATASET:
-            things.NUM_CLASSES = len(metadata.get("thing_classes", ()))
-        if sem_seg.NUM_CLASSES == FROM_DATASET:
-            sem_seg.NUM_CLASSES = len(metadata.get("stuff_classes", ()))
-        if ids_open:
-            # Detectron2's own panoptic datasets are separated: class 0 is "things".
-            ids = metadata.get("thing_sem_seg_ids", (0,))
-            cfg.MODEL.PANOPTIC_FPN.THING_SEM_SEG_IDS = sorted(set(ids))
+        cfg.merge_from_list([item for pair in resolved.items() for item in pair])
         cfg.freeze()
-    for name, metadata in datasets.items():
-        _check_class_count(
-            "MODEL.ROI_HEADS.NUM_CLASSES", things.NUM_CLASSES, name, metadata, "thing_classes"
-        )
-        _check_class_count(
-            "MODEL.SEM_SEG_HEAD.NUM_CLASSES", sem_seg.NUM_CLASSES, name, metadata, "stuff_classes"
-        )
     return cfg
 
 
-def _datasets(cfg: CfgNode) -> dict[str, Metadata]:
-    """Metadata of the registered datasets of a config, by name, training first.
+def _datasets_with_classes(cfg: CfgNode) -> list[Metadata]:
+    """Metadata of the registered datasets of a config, training first.
 
-    A dataset whose annotations are not on this machine is left out, unless it is the only one:
-    evaluating and predicting need no training data.
+    A dataset whose annotations are not on this machine is left out: evaluating needs no training
+    data, and predicting none at all.
     """
-    names = dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
-    registered = {n: MetadataCatalog.get(n) for n in names if n in DatasetCatalog.list()}
+    datasets = []
+    for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
+        if name in DatasetCatalog.list():
+            metadata = MetadataCatalog.get(name)
+            try:
+                _ = metadata.get("stuff_classes", None)
+            except UserError as error:
+                logger.debug("The classes of %s are not known: %s", name, error)
+                continue
+            datasets.append(metadata)
+    return datasets
 
-    def has_classes(metadata: Metadata) -> bool:
-        known = metadata.as_dict()
-        path = known.get("panoptic_json")
-        return "stuff_classes" in known or path is None or os.path.exists(path)
 
-    present = {name: metadata for name, metadata in registered.items() if has_classes(metadata)}
-    return present or registered
-
-
-def _check_class_count(
-    key: str, value: int, dataset_name: str, metadata: Metadata, attribute: str
-) -> None:
-    try:
-        classes = metadata.get(attribute)
-    except UserError:  # not on this machine, and not needed: the count is set
-        return
-    if classes is not None and len(classes) != value:
-        kind = "thing" if attribute == "thing_classes" else "semantic"
-        raise UserError(
-            f"{key} is {value}, but dataset {dataset_name} has {len(classes)} {kind} classes: "
-            f"leave the key out, and it is taken from the dataset"
+def _check_same_classes(first: Metadata, other: Metadata) -> None:
+    """Raise UserError unless the classes of two datasets agree, in names, order and kind."""
+    pair = f"datasets {first.name} and {other.name}"
+    for attribute, kind in (("thing_classes", "thing"), ("stuff_classes", "semantic")):
+        ours, theirs = (metadata.get(attribute, None) for metadata in (first, other))
+        if ours is None or theirs is None or list(ours) == list(theirs):
+            continue
+        number = next(
+            (k for k, names in enumerate(zip(ours, theirs)) if names[0] != names[1]),  # noqa: B905
+            min(len(ours), len(theirs)),
         )
+        names = [repr(c[number]) if number < len(c) else "missing" for c in (ours, theirs)]
+        raise UserError(
+            f"{pair} have different {kind} classes: number {number} is {names[0]} in one and "
+            f"{names[1]} in the other; datasets of a run need the same classes in the same order"
+        )
+    if thing_sem_seg_ids(first) != thing_sem_seg_ids(other):
+        raise UserError(
+            f"{pair} have different label spaces: the semantic classes of their things are "
+            f"{[*thing_sem_seg_ids(first).values()]} and {[*thing_sem_seg_ids(other).values()]} "
+            "(thing_sem_seg_ids); register both with the same label_space"
+        )
+
+
+def _with_architecture(*names: str) -> tuple[Callable[[CfgNode], bool], str]:
+    return (
+        lambda cfg: cfg.MODEL.META_ARCHITECTURE in names,
+        f"MODEL.META_ARCHITECTURE {' or '.join(names)}",
+    )
+
+
+def _with_backbone(name: str) -> tuple[Callable[[CfgNode], bool], str]:
+    return lambda cfg: name == cfg.MODEL.BACKBONE.NAME, f"MODEL.BACKBONE.NAME {name}"
+
+
+_CROPS = (lambda cfg: cfg.INPUT.CROP.ENABLED, "INPUT.CROP.ENABLED True")
+_SGD = (lambda cfg: cfg.SOLVER.OPTIMIZER == "SGD", "SOLVER.OPTIMIZER SGD")
+
+# Keys, the extension's own and some of Detectron2's, that have an effect under a condition alone;
+# and in words what the condition is.
+_CONDITIONS: dict[str, tuple[Callable[[CfgNode], bool], str]] = {
+    "MODEL.ACCELERATION.WINOGRAD": _with_architecture(*ARCHITECTURES),
+    "MODEL.ACCELERATION.FOLD_BN": _with_architecture(*ARCHITECTURES),
+    "MODEL.ACCELERATION.CHANNELS_LAST": _with_architecture(*ARCHITECTURES),
+    "MODEL.ACCELERATION.PRECISION": _with_architecture(*ARCHITECTURES),
+    "MODEL.SEM_SEG_HEAD.AGGREGATION": (
+        lambda cfg: cfg.MODEL.SEM_SEG_HEAD.NAME == "SemanticFPNHead",
+        "MODEL.SEM_SEG_HEAD.NAME SemanticFPNHead",
+    ),
+    "MODEL.FPN.GROUPS": _with_backbone("build_resnet_grouped_fpn_backbone"),
+    "MODEL.RESNETS.OUTPUT_STRIDE": _with_backbone("build_resnet_dilated_backbone"),
+    "MODEL.SYMMETRIC_DECODER.NORM": _with_backbone("build_resnet_symmetric_backbone"),
+    "MODEL.PANOPTIC_FPN.TRAINING": _with_architecture("PanopticFPNExt"),
+    "MODEL.PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT": _with_architecture("PanopticFPNExt", "PanopticFPN"),
+    "MODEL.PANOPTIC_FPN.THING_SEM_SEG_IDS": _with_architecture(*MERGING_ARCHITECTURES),
+    "MODEL.PANOPTIC_FPN.COMBINE.NMS_THRESH": _with_architecture(*MERGING_ARCHITECTURES),
+    "MODEL.TWO_NETWORK.INSTANCE_WEIGHTS": _with_architecture("TwoNetworkPanopticFPN"),
+    "MODEL.TWO_NETWORK.SEMANTIC_WEIGHTS": _with_architecture("TwoNetworkPanopticFPN"),
+    "TEST.KEYPOINT_OKS_SIGMAS": (
+        lambda cfg: cfg.TEST.EVALUATORS == "detectron2",
+        "TEST.EVALUATORS detectron2",
+    ),
+    "INPUT.CROP.AFTER_RESIZE": _CROPS,
+    "INPUT.CROP.HOLD_INSTANCE": _CROPS,
+    "SOLVER.MOMENTUM": _SGD,
+    "SOLVER.NESTEROV": _SGD,
+}
+
+# Keys of Detectron2's that nothing here reads, and what to do instead.
+_UNREAD: dict[str, str] = {
+    "MODEL.PANOPTIC_FPN.COMBINE.ENABLED": "leave panoptic_seg out of MODEL.PANOPTIC_FPN.OUTPUTS",
+    "MODEL.LOAD_PROPOSALS": "Panoptic FPN makes its own proposals",
+    "TEST.AUG.ENABLED": "there is no test-time augmentation of panoptic outputs yet",
+}
+
+
+def _refuse_idle_keys(cfg: CfgNode) -> None:
+    """Raise UserError for the first key that is set and would have no effect."""
+    defaults = _thawed(_DETECTRON2_DEFAULTS)
+    add_panoptic_fpn_config(defaults)
+    for key, (holds, condition) in _CONDITIONS.items():
+        value = _value(cfg, key)
+        if value != _value(defaults, key) and not holds(cfg):
+            raise UserError(f"{key} {value} has no effect without {condition}: leave it out")
+    if cfg.MODEL.META_ARCHITECTURE in ARCHITECTURES:
+        for key, advice in _UNREAD.items():
+            value = _value(cfg, key)
+            if value != _value(defaults, key):
+                raise UserError(f"{key} {value} has no effect: {advice}")
+    outputs, only_output = (
+        list(cfg.MODEL.PANOPTIC_FPN.OUTPUTS),
+        ONLY_OUTPUT.get(cfg.MODEL.META_ARCHITECTURE),
+    )
+    if only_output and outputs not in ([only_output], list(OUTPUTS)):
+        raise UserError(
+            f"MODEL.PANOPTIC_FPN.OUTPUTS {outputs}: {cfg.MODEL.META_ARCHITECTURE} returns "
+            f"{only_output} alone, set it to [{only_output!r}]"
+        )
+
+
+def _value(cfg: CfgNode, key: str) -> Any:
+    for name in key.split("."):
+        cfg = cfg[name]
+    return cfg
 
 
 def _thawed(cfg: CfgNode) -> CfgNode:

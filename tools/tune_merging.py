@@ -424,7 +424,7 @@ def count_image(
         merge_panoptic,
         sem_seg=torch.from_numpy(raw.sem_seg).long(),
         thing_sem_seg_ids=thing_sem_seg_ids,
-        stuff_area_limit=1,
+        stuff_area_thresh=1,
     )
     reaches = [(instances.scores.double() >= score).tolist() for score in grid.score]
     outcome_of: dict[tuple[int, ...], int] = {}
@@ -432,9 +432,9 @@ def count_image(
     for (j, overlap), (k, nms) in itertools.product(enumerate(grid.overlap), enumerate(grid.nms)):
         _, segments = merge(
             instances,
-            score_threshold=min(grid.score),
+            instances_score_thresh=min(grid.score),
             overlap_threshold=overlap,
-            nms_threshold=nms,
+            nms_thresh=nms,
         )
         accepted = [segment["instance_id"] for segment in segments if segment["isthing"]]
         for i, reached in enumerate(reaches):
@@ -445,7 +445,7 @@ def count_image(
     for chosen in outcome_of:
         alone = instances[torch.tensor(chosen, dtype=torch.long)]
         alone.scores = torch.arange(len(chosen), 0, -1)  # the same order, also of equal scores
-        panoptic_seg, segments = merge(alone, score_threshold=0, overlap_threshold=1)
+        panoptic_seg, segments = merge(alone, instances_score_thresh=0, overlap_threshold=1)
         matches.append(
             match_segments(gt_ids, gt_segments, panoptic_seg.numpy(), segments, gt_source=source)
         )

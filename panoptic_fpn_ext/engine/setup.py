@@ -2,19 +2,23 @@
 
 import argparse
 import difflib
+import logging
 import os
 from collections.abc import Iterable
 
+import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 
-from ..config import add_panoptic_fpn_config, resolve_dataset_keys
+from ..config import add_panoptic_fpn_config, resolve_config
 from ..data import register_datasets_of_config
 from ..errors import UserError
 from ..evaluation import evaluator_builders
 from .trainer import optimizer_named
+
+logger = logging.getLogger(__name__)
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -53,11 +57,24 @@ def setup(args: argparse.Namespace) -> CfgNode:
         raise UserError(f"MODEL.WEIGHTS {weights}: no such file")
     if args.eval_only and not weights and not args.resume:
         raise UserError("--eval-only needs weights: MODEL.WEIGHTS FILE, or --resume")
-    cfg = resolve_dataset_keys(cfg)
+    _choose_device(cfg, args.opts)
+    if cfg.SOLVER.AMP.ENABLED and not args.eval_only and not cfg.MODEL.DEVICE.startswith("cuda"):
+        raise UserError("SOLVER.AMP.ENABLED needs a GPU: set it to False")
+    cfg = resolve_config(cfg)
     for name in cfg.DATASETS.TEST:
         evaluator_builders(cfg, name)
     cfg.freeze()
     return cfg
+
+
+def _choose_device(cfg: CfgNode, options: list[str]) -> None:
+    """Run on the CPU where there is no GPU, unless the command line asks for one."""
+    if not cfg.MODEL.DEVICE.startswith("cuda") or torch.cuda.is_available():
+        return
+    if "MODEL.DEVICE" in options[::2]:
+        raise UserError(f"MODEL.DEVICE {cfg.MODEL.DEVICE}: PyTorch finds no GPU; set it to cpu")
+    logger.warning("PyTorch finds no GPU: MODEL.DEVICE %s becomes cpu", cfg.MODEL.DEVICE)
+    cfg.MODEL.DEVICE = "cpu"
 
 
 def _merge(cfg: CfgNode, source: str, merge) -> None:

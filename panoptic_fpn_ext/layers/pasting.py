@@ -25,7 +25,9 @@ class PastedMasks:
             size: (height, width) of the image.
             threshold: a pixel is in the mask from this probability on.
         """
-        self.probabilities = probabilities.float()
+        # GPUs may round what they multiply in float32 (TF32), which interpolation does not.
+        dtype = torch.float64 if probabilities.is_cuda else torch.float32
+        self.probabilities = probabilities.to(dtype)
         self.boxes = boxes
         self.size = size
         self.threshold = threshold
@@ -35,7 +37,7 @@ class PastedMasks:
         last = torch.minimum(boxes[:, 2:].ceil() + 1, edge).maximum(first)
         self._windows = torch.cat([first, last], dim=1).int().tolist()
         self._box_list = boxes.tolist()
-        self._values = torch.arange(float(probabilities.shape[-1]), device=boxes.device)
+        self._positions = torch.arange(probabilities.shape[-1], dtype=dtype, device=boxes.device)
         self._dense: torch.Tensor | None = None
 
     def __len__(self) -> int:
@@ -44,13 +46,13 @@ class PastedMasks:
     def window(self, index: int) -> tuple[tuple[slice, slice], torch.Tensor]:
         """Where a mask is, as slices of rows and columns, and the (h, w) bool mask there."""
         x0, y0, x1, y1 = self._windows[index]
-        where = slice(y0, y1), slice(x0, x1)
+        window = slice(y0, y1), slice(x0, x1)
         if self._dense is not None:
-            return where, self._dense[index][where]
+            return window, self._dense[index][window]
         mask, box = self.probabilities[index], self._box_list[index]
         rows = self._sampling_matrix(y0, y1, box[1], box[3])
         columns = self._sampling_matrix(x0, x1, box[0], box[2])
-        return where, rows @ mask @ columns.t() >= self.threshold
+        return window, rows @ mask @ columns.t() >= self.threshold
 
     def dense(self) -> torch.Tensor:
         """All masks over the whole image, (N, height, width) bool. They are kept: from then on
@@ -62,17 +64,19 @@ class PastedMasks:
     def _paste_all(self) -> torch.Tensor:
         if self.boxes.is_cuda:  # a few large kernels there instead of many small ones
             return paste_masks_in_image(
-                self.probabilities, self.boxes, self.size, self.threshold
+                self.probabilities.float(), self.boxes, self.size, self.threshold
             ).bool()
         masks = torch.zeros(len(self), *self.size, dtype=torch.bool)
         for index, mask in enumerate(masks):
-            where, inside = self.window(index)
-            mask[where] = inside
+            window, inside = self.window(index)
+            mask[window] = inside
         return masks
 
     def _sampling_matrix(self, first: int, last: int, start: float, end: float) -> torch.Tensor:
         """Bilinear weights (last - first, M) of the values of a box for a range of pixels."""
-        scale = len(self._values) / ((end - start) or 1e-30)
-        pixels = torch.arange(first, last, device=self._values.device, dtype=torch.float32)
+        scale = len(self._positions) / ((end - start) or 1e-30)
+        pixels = torch.arange(
+            first, last, dtype=self._positions.dtype, device=self._positions.device
+        )
         position = pixels.mul_(scale).add_((0.5 - start) * scale - 0.5)
-        return (1 - (position[:, None] - self._values).abs_()).clamp_(min=0)
+        return (1 - (position[:, None] - self._positions).abs_()).clamp_(min=0)

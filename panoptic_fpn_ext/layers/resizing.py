@@ -4,6 +4,7 @@ Detectron2 brings logits to the image in two bilinear steps, both at full resolu
 head's stride, then to the size of the original image. Each step is linear and separable, so both
 together are one matrix for the rows and one for the columns. The matrices are banded; applied in
 blocks, they touch few inputs each, and a block of rows is reduced to labels while it is in cache.
+That is for CPUs; elsewhere, and where somebody records what is done, the two steps are taken.
 """
 
 import functools
@@ -12,15 +13,18 @@ from typing import Any, NamedTuple
 
 import torch
 from detectron2.modeling.postprocessing import sem_seg_postprocess
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ..errors import UserError
 from .argmax import argmax_classes
+from .stand_in import is_eager_on_cpu
 
 BLOCK = 16  # rows or columns of the output computed at once, at least
-# Values in a block, as far as its size is free, and values held that are upsampled along the rows
-# only: what CPUs have cache for; on GPUs few launches count more.
-CPU_VALUES = 2**18, 2**22
-GPU_VALUES = 2**23, 2**24
+# What CPUs have cache for: values in a block, as far as its size is free, and values held that are
+# upsampled along the rows only.
+BLOCK_VALUES = 2**18
+BAND_VALUES = 2**22
 
 
 class _Block(NamedTuple):
@@ -46,7 +50,9 @@ def upsampled_labels(
     Returns:
         (height, width) int64.
     """
-    labels = torch.empty(size, dtype=torch.int64, device=logits.device)
+    if not is_eager_on_cpu(logits.float()):
+        return upsampled(logits, stride=stride, image_size=image_size, size=size)[1]
+    labels = torch.empty(size, dtype=torch.int64)
     for rows, block in _row_blocks(logits, stride, image_size, size):
         labels[rows] = argmax_classes(block)
     return labels
@@ -64,18 +70,20 @@ def upsampled(
     Returns:
         (C, height, width) logits and (height, width) int64 classes.
     """
-    if logits.requires_grad and torch.is_grad_enabled():  # blocks are computed in place
-        full = F.interpolate(
-            logits[None], scale_factor=stride, mode="bilinear", align_corners=False
-        )
-        result = sem_seg_postprocess(full[0], image_size, *size)
+    # Blocks are computed in place.
+    if not is_eager_on_cpu(logits.float()) or (logits.requires_grad and torch.is_grad_enabled()):
+        result = sem_seg_postprocess(_upsample(logits[None], stride)[0], image_size, *size)
         return result, argmax_classes(result.detach())
     result = logits.new_empty(len(logits), *size)
-    labels = torch.empty(size, dtype=torch.int64, device=logits.device)
+    labels = torch.empty(size, dtype=torch.int64)
     for rows, block in _row_blocks(logits, stride, image_size, size):
         result[:, rows] = block
         labels[rows] = argmax_classes(block)
     return result, labels
+
+
+def _upsample(logits: torch.Tensor, stride: int) -> torch.Tensor:
+    return F.interpolate(logits, scale_factor=stride, mode="bilinear", align_corners=False)
 
 
 def _row_blocks(
@@ -85,21 +93,20 @@ def _row_blocks(
     next."""
     height, width = size
     num_classes, num_rows, num_columns = logits.shape
-    where = logits.device, logits.dtype
-    block_values, band_values = CPU_VALUES if logits.device.type == "cpu" else GPU_VALUES
-    block_size = max(BLOCK, block_values // (width * num_classes))
-    row_blocks = _blocks(num_rows, stride, image_size[0], height, block_size, *where)
-    column_blocks = _blocks(num_columns, stride, image_size[1], width, block_size, *where)
-    most = max(block.input.stop - block.input.start for block in row_blocks)
-    most = min(num_rows, max(most, band_values // (width * num_classes)))
+    logits = logits.float()  # half precision is no place for products
+    block_size = max(BLOCK, BLOCK_VALUES // (width * num_classes))
+    row_blocks = _blocks(num_rows, stride, image_size[0], height, block_size)
+    column_blocks = _blocks(num_columns, stride, image_size[1], width, block_size)
+    band_rows = max(block.input.stop - block.input.start for block in row_blocks)
+    band_rows = min(num_rows, max(band_rows, BAND_VALUES // (width * num_classes)))
     # Memory is taken once: the system is slow to give it.
-    columns_buffer = logits.new_empty(num_classes * most, width)
+    columns_buffer = logits.new_empty(num_classes * band_rows, width)
     rows_buffer = logits.new_empty(num_classes, min(block_size, height), width)
     first = last = 0  # rows of the logits that `columns` holds
     for block in row_blocks:
         if block.input.stop > last:
             first = block.input.start
-            last = min(num_rows, first + most)
+            last = min(num_rows, first + band_rows)
             band = logits[:, first:last].flatten(0, 1)
             columns = columns_buffer[: len(band)]
             for columns_block in column_blocks:
@@ -114,16 +121,10 @@ def _row_blocks(
         yield block.output, torch.bmm(block.weights.expand(num_classes, -1, -1), inputs, out=rows)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=256)  # they are small
 @torch.inference_mode(False)  # what is kept may be used where there are gradients
 def _blocks(
-    num_inputs: int,
-    stride: int,
-    image_size: int,
-    num_outputs: int,
-    block_size: int,
-    device: torch.device,
-    dtype: torch.dtype,
+    num_inputs: int, stride: int, image_size: int, num_outputs: int, block_size: int
 ) -> list[_Block]:
     """Both bilinear steps along one axis."""
     # Interpolating the unit vectors gives the columns of the matrix of an interpolation.
@@ -135,7 +136,7 @@ def _blocks(
         weights = matrix[first : first + block_size]
         used = weights.any(dim=0).nonzero()
         inputs = slice(int(used[0]), int(used[-1]) + 1)
-        weights = weights[:, inputs].to(device, dtype).contiguous()
+        weights = weights[:, inputs].contiguous()
         blocks.append(_Block(inputs, slice(first, first + len(weights)), weights))
     return blocks
 
@@ -158,10 +159,31 @@ def upsampled_cross_entropy(
     Returns:
         The scalar ``F.cross_entropy(F.interpolate(logits, ...), targets)``; 0, not nan, if no
         pixel counts.
+
+    Raises:
+        UserError: on CPUs, a target that is neither a class nor ignored.
     """
-    # The products here sum small weighted terms: half precision loses them.
+    # Small weighted terms are summed: half precision loses them.
     with torch.autocast(logits.device.type, enabled=False):
-        return _UpsampledCrossEntropy.apply(logits, targets, stride, ignore_value)
+        logits = logits.float()
+        counted = targets != ignore_value
+        number = counted.sum().clamp(min=1)
+        if is_eager_on_cpu(logits):
+            _check_targets(targets[counted], logits.shape[1], ignore_value)
+            return _UpsampledCrossEntropy.apply(logits, targets, counted, number, stride)
+        full = _upsample(logits, stride)
+        return F.cross_entropy(full, targets, ignore_index=ignore_value, reduction="sum") / number
+
+
+def _check_targets(targets: torch.Tensor, num_classes: int, ignore_value: int) -> None:
+    if not len(targets):
+        return
+    for label in map(int, targets.aminmax()):
+        if not 0 <= label < num_classes:
+            raise UserError(
+                f"label {label} in sem_seg is neither one of MODEL.SEM_SEG_HEAD.NUM_CLASSES "
+                f"{num_classes} classes nor MODEL.SEM_SEG_HEAD.IGNORE_VALUE {ignore_value}"
+            )
 
 
 class _UpsampledCrossEntropy(torch.autograd.Function):
@@ -169,29 +191,33 @@ class _UpsampledCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, stride: int, ignore_value: int
+        ctx: Any,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        counted: torch.Tensor,
+        number: torch.Tensor,
+        stride: int,
     ) -> torch.Tensor:
         height, width = targets.shape[1:]
         _, num_classes, num_rows, num_columns = logits.shape
-        where = logits.device, torch.float32
-        row_blocks = _blocks(num_rows, stride, height, height, BLOCK, *where)
-        column_blocks = _blocks(num_columns, stride, width, width, BLOCK, *where)
-        by_pixel = logits.detach().float().permute(0, 2, 3, 1).contiguous()
+        row_blocks = _blocks(num_rows, stride, height, height, BLOCK)
+        column_blocks = _blocks(num_columns, stride, width, width, BLOCK)
+        by_pixel = logits.detach().permute(0, 2, 3, 1).contiguous()
         gradient = torch.zeros_like(by_pixel)
-        counted = targets != ignore_value
-        scale = 1 / counted.sum().clamp(min=1)
         loss = by_pixel.new_zeros((), dtype=torch.float64)
         columns = by_pixel.new_empty(num_rows, width, num_classes)
-        for image, image_gradient, target, count in zip(
-            by_pixel, gradient, targets, counted, strict=True
+        weights_of_pixels = counted / number
+        classes_of_pixels = targets.where(counted, 0)
+        for image, image_gradient, classes_of_image, weights_of_image in zip(
+            by_pixel, gradient, classes_of_pixels, weights_of_pixels, strict=True
         ):
             for block in column_blocks:
                 columns[:, block.output] = block.weights @ image[:, block.input]
             columns_gradient = torch.zeros_like(columns)
             for block in row_blocks:
                 values = (block.weights @ columns[block.input].flatten(1)).view(-1, num_classes)
-                classes = target[block.output].flatten()[:, None].clamp(max=num_classes - 1)
-                weights = (count[block.output].flatten()[:, None] * scale).float()
+                classes = classes_of_image[block.output].reshape(-1, 1)
+                weights = weights_of_image[block.output].reshape(-1, 1)
                 values = values.log_softmax(dim=1)
                 loss -= (values.gather(1, classes) * weights).sum()
                 values.exp_().scatter_add_(
@@ -205,9 +231,10 @@ class _UpsampledCrossEntropy(torch.autograd.Function):
                 image_gradient[:, block.input] += (
                     block.weights.t() @ columns_gradient[:, block.output]
                 )
-        ctx.save_for_backward(gradient.permute(0, 3, 1, 2).to(logits.dtype))
-        return loss.to(logits.dtype)
+        ctx.save_for_backward(gradient.permute(0, 3, 1, 2))
+        return loss.float()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return ctx.saved_tensors[0] * grad_output, None, None, None
+        return ctx.saved_tensors[0] * grad_output, None, None, None, None

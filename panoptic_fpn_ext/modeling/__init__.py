@@ -1,5 +1,6 @@
 """The semantic head, the meta-architectures and the merging of their outputs."""
 
+from .acceleration import Acceleration, accelerate, decelerate
 from .backbones import DilatedResNet, GroupedFPN, SymmetricDecoder
 from .merging import merge_panoptic
 from .meta_arch import PanopticFPNExt, SemanticFPN, TwoNetworkPanopticFPN
@@ -7,6 +8,7 @@ from .postprocessing import PanopticPostprocessor
 from .semantic_head import SemanticFPNHead
 
 __all__ = [
+    "Acceleration",
     "DilatedResNet",
     "GroupedFPN",
     "PanopticFPNExt",
@@ -15,5 +17,7 @@ __all__ = [
     "SemanticFPNHead",
     "SymmetricDecoder",
     "TwoNetworkPanopticFPN",
+    "accelerate",
+    "decelerate",
     "merge_panoptic",
 ]

@@ -18,9 +18,9 @@ def merge_panoptic(
     *,
     thing_sem_seg_ids: Collection[int],
     overlap_threshold: float,
-    stuff_area_limit: int,
-    score_threshold: float,
-    nms_threshold: float = 1.0,
+    stuff_area_thresh: int,
+    instances_score_thresh: float,
+    nms_thresh: float = 1.0,
 ) -> tuple[torch.Tensor, list[dict[str, Any]]]:
     """Instances by descending score, then stuff where nothing is yet.
 
@@ -31,9 +31,9 @@ def merge_panoptic(
         thing_sem_seg_ids: semantic classes that never become stuff segments.
         overlap_threshold: an instance is dropped if more than this share of it is taken already,
             or all of it.
-        stuff_area_limit: pixels; smaller stuff regions are left void.
-        score_threshold: instances below are dropped.
-        nms_threshold: instances whose box has a greater IoU with one of a higher score, of
+        stuff_area_thresh: pixels; smaller stuff regions are left void.
+        instances_score_thresh: instances below are dropped.
+        nms_thresh: instances whose box has a greater IoU with one of a higher score, of
             whatever class, are dropped first; 1 for no suppression.
 
     Returns:
@@ -46,22 +46,22 @@ def merge_panoptic(
 
     by_score = torch.argsort(-instances.scores)  # ties fall as in Detectron2
     # As doubles, or a threshold would be rounded to a score's precision.
-    by_score = by_score[instances.scores[by_score].double() >= score_threshold]
-    if nms_threshold < 1:
+    by_score = by_score[instances.scores[by_score].double() >= instances_score_thresh]
+    if nms_thresh < 1:
         boxes, scores = instances.pred_boxes.tensor[by_score], instances.scores[by_score]
-        by_score = by_score[nms(boxes, scores, nms_threshold)]
+        by_score = by_score[nms(boxes, scores, nms_thresh)]
     # Each decision stays on the device: nothing waits for it until all are made.
     next_id = panoptic_seg.new_ones(())
     accepted = []
     for index in by_score.tolist():
-        where, mask = _window(instances.pred_masks, index)
-        taken = panoptic_seg[where]
+        window, mask = _window(instances.pred_masks, index)
+        taken = panoptic_seg[window]
         area = mask.count_nonzero()  # sum() would copy it as int64
         visible = mask & (taken == 0)
         visible_area = visible.count_nonzero()
         # Without a visible pixel it is no segment, not even where all may overlap.
         accept = (visible_area > 0) & ((area - visible_area).double() / area <= overlap_threshold)
-        panoptic_seg[where] = torch.where(visible & accept, next_id, taken)
+        panoptic_seg[window] = torch.where(visible & accept, next_id, taken)
         next_id = next_id + accept.int()
         accepted.append(accept)
     if accepted:
@@ -81,10 +81,12 @@ def merge_panoptic(
             )
 
     free = panoptic_seg == 0
-    areas = torch.bincount(sem_seg.flatten(), weights=free.flatten().double()).long().tolist()
+    # Class k as k + 1, 0 where an instance is. Counted without weights: deterministic on GPUs.
+    stuff = torch.where(free, sem_seg + 1, 0)
+    areas = torch.bincount(stuff.flatten()).tolist()
     segment_of_class = panoptic_seg.new_zeros(len(areas))
-    for category, area in enumerate(areas):
-        if area == 0 or area < stuff_area_limit or category in thing_sem_seg_ids:
+    for category, area in enumerate(areas[1:]):
+        if area == 0 or area < stuff_area_thresh or category in thing_sem_seg_ids:
             continue
         segments_info.append(
             {
@@ -94,8 +96,8 @@ def merge_panoptic(
                 "area": area,
             }
         )
-        segment_of_class[category] = len(segments_info)
-    return torch.where(free, segment_of_class[sem_seg], panoptic_seg), segments_info
+        segment_of_class[category + 1] = len(segments_info)
+    return torch.where(free, segment_of_class[stuff], panoptic_seg), segments_info
 
 
 def _window(

@@ -24,16 +24,16 @@ class PanopticPostprocessor:
         *,
         outputs: Sequence[str] = OUTPUTS,
         thing_sem_seg_ids: Collection[int] = (0,),
-        overlap_threshold: float = 0.5,
-        stuff_area_limit: int = 4096,
-        score_threshold: float = 0.5,
-        nms_threshold: float = 1.0,
+        combine_overlap_thresh: float = 0.5,
+        combine_stuff_area_thresh: float = 4096,
+        combine_instances_score_thresh: float = 0.5,
+        combine_nms_thresh: float = 1.0,
     ) -> None:
         """
         Args:
             outputs: what to return, of ``sem_seg``, ``instances`` and ``panoptic_seg``.
-            thing_sem_seg_ids, overlap_threshold, stuff_area_limit, score_threshold,
-                nms_threshold: see :func:`merge_panoptic`.
+            thing_sem_seg_ids, combine_overlap_thresh, combine_stuff_area_thresh,
+                combine_instances_score_thresh, combine_nms_thresh: see :func:`merge_panoptic`.
         """
         if not outputs or set(outputs) - set(OUTPUTS):
             raise UserError(
@@ -43,10 +43,10 @@ class PanopticPostprocessor:
         self.outputs = frozenset(outputs)
         self.merging = {
             "thing_sem_seg_ids": frozenset(thing_sem_seg_ids),
-            "overlap_threshold": overlap_threshold,
-            "stuff_area_limit": stuff_area_limit,
-            "score_threshold": score_threshold,
-            "nms_threshold": nms_threshold,
+            "overlap_threshold": combine_overlap_thresh,
+            "stuff_area_thresh": combine_stuff_area_thresh,
+            "instances_score_thresh": combine_instances_score_thresh,
+            "nms_thresh": combine_nms_thresh,
         }
 
     @classmethod
@@ -55,10 +55,10 @@ class PanopticPostprocessor:
         return {
             "outputs": keys.OUTPUTS,
             "thing_sem_seg_ids": keys.THING_SEM_SEG_IDS,
-            "overlap_threshold": keys.COMBINE.OVERLAP_THRESH,
-            "stuff_area_limit": keys.COMBINE.STUFF_AREA_LIMIT,
-            "score_threshold": keys.COMBINE.INSTANCES_CONFIDENCE_THRESH,
-            "nms_threshold": keys.COMBINE.NMS_THRESH,
+            "combine_overlap_thresh": keys.COMBINE.OVERLAP_THRESH,
+            "combine_stuff_area_thresh": keys.COMBINE.STUFF_AREA_LIMIT,
+            "combine_instances_score_thresh": keys.COMBINE.INSTANCES_CONFIDENCE_THRESH,
+            "combine_nms_thresh": keys.COMBINE.NMS_THRESH,
         }
 
     def needs(self, branch: str) -> bool:

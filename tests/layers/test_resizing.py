@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from panoptic_fpn_ext import UserError
 from panoptic_fpn_ext.layers import resizing
 from panoptic_fpn_ext.layers.resizing import (
     upsampled,
@@ -27,7 +28,7 @@ from panoptic_fpn_ext.layers.resizing import (
     stride=st.sampled_from([1, 4, 8]),
     padding=st.tuples(st.integers(0, 7), st.integers(0, 7)),
     size=st.tuples(st.integers(1, 90), st.integers(1, 90)),
-    values=st.sampled_from([(1, 1), (5000, 2000), resizing.CPU_VALUES]),
+    values=st.sampled_from([(1, 1), (5000, 2000), (2**18, 2**22)]),
 )
 def test_equals_detectron2(seed, grid, stride, padding, size, values):
     logits = torch.randn(5, *grid, generator=torch.Generator().manual_seed(seed))
@@ -35,7 +36,7 @@ def test_equals_detectron2(seed, grid, stride, padding, size, values):
     full = F.interpolate(logits[None], scale_factor=stride, mode="bilinear", align_corners=False)
     expected = sem_seg_postprocess(full[0], image_size, *size)
     arguments = {"stride": stride, "image_size": image_size, "size": size}
-    with mock.patch.object(resizing, "CPU_VALUES", values):  # one block or several
+    with mock.patch.multiple(resizing, BLOCK_VALUES=values[0], BAND_VALUES=values[1]):
         found, labels = upsampled(logits, **arguments)
         assert torch.equal(labels, upsampled_labels(logits, **arguments))
     assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -123,3 +124,63 @@ def test_loss_without_a_pixel_that_counts_is_0():
     (gradient,) = torch.autograd.grad(loss, logits)
     assert loss == 0
     assert not gradient.any()
+
+
+@pytest.mark.parametrize("label", [5, 200, -1])
+def test_a_label_that_is_no_class_is_an_error(label):
+    logits = torch.randn(1, 5, 4, 4)
+    targets = torch.zeros(1, 16, 16, dtype=torch.int64)
+    targets[0, 3, 4] = label
+    with pytest.raises(
+        UserError, match=rf"label {label} in sem_seg is neither one of .* 5 classes"
+    ):
+        upsampled_cross_entropy(logits, targets, stride=4, ignore_value=255)
+    loss = upsampled_cross_entropy(logits, targets, stride=4, ignore_value=label)  # is ignored
+    full = F.interpolate(logits, scale_factor=4, mode="bilinear", align_corners=False)
+    assert_close(loss, F.cross_entropy(full, targets, ignore_index=label))
+
+
+def test_the_gradient_has_no_gradient_of_its_own():
+    """Rather than a wrong one."""
+    logits = torch.randn(1, 5, 4, 4, requires_grad=True)
+    loss = upsampled_cross_entropy(
+        logits, torch.zeros(1, 16, 16, dtype=torch.int64), stride=4, ignore_value=255
+    )
+    (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+        gradient.sum().backward()
+
+
+def test_other_kinds_of_computing_take_the_plain_operators():
+    """Doubles, which have no blocks, tracing and torch.func give the same as blocks of floats."""
+    logits = torch.randn(1, 5, 6, 7)
+    targets = torch.randint(0, 5, (1, 24, 28))
+    targets[0, :5] = 255
+
+    def loss(x):
+        return upsampled_cross_entropy(x, targets, stride=4, ignore_value=255)
+
+    expected = loss(logits)
+    assert_close(
+        torch.func.grad(loss)(logits), torch.autograd.grad(loss(logits.requires_grad_()), logits)[0]
+    )
+    logits = logits.detach()
+    assert_close(torch.jit.trace(loss, logits, check_trace=False)(logits), expected)
+    arguments = {"stride": 4, "image_size": (23, 27), "size": (40, 30)}
+    values, labels = upsampled(logits[0], **arguments)
+    doubles, labels_of_doubles = upsampled(logits[0].double(), **arguments)
+    assert_close(doubles.float(), values)
+    assert torch.equal(labels_of_doubles, labels)
+    assert torch.equal(upsampled_labels(logits[0].double(), **arguments), labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_logits_in_half_precision_are_resized_in_full(dtype):
+    logits = torch.randn(5, 6, 7).to(dtype)
+    arguments = {"stride": 4, "image_size": (23, 27), "size": (40, 30)}
+    values, labels = upsampled(logits, **arguments)
+    exact, exact_labels = upsampled(logits.float(), **arguments)
+    assert values.dtype == dtype
+    assert_close(values, exact.to(dtype))
+    assert torch.equal(labels, exact_labels)
+    assert torch.equal(upsampled_labels(logits, **arguments), exact_labels)

@@ -33,8 +33,8 @@ def merged(instances: Instances, sem_seg: torch.Tensor, **thresholds):
     defaults = {
         "thing_sem_seg_ids": {0},
         "overlap_threshold": 0.5,
-        "stuff_area_limit": 1,
-        "score_threshold": 0.5,
+        "stuff_area_thresh": 1,
+        "instances_score_thresh": 0.5,
     }
     return merge_panoptic(instances, sem_seg, **(defaults | thresholds))
 
@@ -66,8 +66,8 @@ def test_equals_detectron2(seed, num_instances, overlap, area_limit, score):
         instances,
         sem_seg,
         overlap_threshold=overlap,
-        stuff_area_limit=area_limit,
-        score_threshold=score,
+        stuff_area_thresh=area_limit,
+        instances_score_thresh=score,
     )
     assert panoptic_seg.dtype == torch.int32
     assert segments_info == expected[1]
@@ -80,7 +80,7 @@ def test_a_score_at_the_threshold_counts_as_in_detectron2(score):
     instances, sem_seg = random_outputs(seed=3, num_instances=4)
     instances.scores = torch.full((4,), score)
     expected = combine_semantic_and_instance_outputs(instances, sem_seg, 0.5, 1, score)
-    panoptic_seg, segments_info = merged(instances, sem_seg, score_threshold=score)
+    panoptic_seg, segments_info = merged(instances, sem_seg, instances_score_thresh=score)
     assert segments_info == expected[1]
     assert torch.equal(panoptic_seg, expected[0])
 
@@ -103,7 +103,11 @@ def test_an_instance_that_others_hide_wholly_is_no_segment():
     ):
         mask[:, slice(*columns)] = True
     panoptic_seg, segments_info = merged(
-        instances, sem_seg, overlap_threshold=1.0, stuff_area_limit=10_000, score_threshold=0.0
+        instances,
+        sem_seg,
+        overlap_threshold=1.0,
+        stuff_area_thresh=10_000,
+        instances_score_thresh=0.0,
     )
     assert [(s["id"], s["instance_id"]) for s in segments_info] == [(1, 0), (2, 1), (3, 3)]
     assert panoptic_seg[0].tolist() == [1] * 8 + [2] * 8 + [3] * 4 + [0] * 12
@@ -112,7 +116,7 @@ def test_an_instance_that_others_hide_wholly_is_no_segment():
 def test_regions_without_a_pixel_are_no_segments():
     instances, sem_seg = random_outputs(seed=2, num_instances=1)
     instances.pred_masks[:] = True
-    _, segments_info = merged(instances, sem_seg, stuff_area_limit=0, score_threshold=0.0)
+    _, segments_info = merged(instances, sem_seg, stuff_area_thresh=0, instances_score_thresh=0.0)
     assert [s["isthing"] for s in segments_info] == [True]
 
 
@@ -120,10 +124,10 @@ def test_regions_without_a_pixel_are_no_segments():
 @given(
     seed=st.integers(0, 2**31),
     num_instances=st.integers(0, 12),
-    nms_threshold=st.sampled_from([0.1, 0.3, 0.5, 0.7, 1.0]),
+    nms_thresh=st.sampled_from([0.1, 0.3, 0.5, 0.7, 1.0]),
     score=st.sampled_from([0.0, 0.4]),
 )
-def test_suppression_is_nms_over_all_classes_at_once(seed, num_instances, nms_threshold, score):
+def test_suppression_is_nms_over_all_classes_at_once(seed, num_instances, nms_thresh, score):
     """By a plain loop over pairs, and by torchvision with all instances in one class."""
     instances, sem_seg = random_outputs(seed, num_instances)
     rng = torch.Generator().manual_seed(seed)
@@ -134,24 +138,24 @@ def test_suppression_is_nms_over_all_classes_at_once(seed, num_instances, nms_th
     thresholds = {
         "thing_sem_seg_ids": {0},
         "overlap_threshold": 0.5,
-        "stuff_area_limit": 1,
-        "score_threshold": score,
+        "stuff_area_thresh": 1,
+        "instances_score_thresh": score,
     }
 
     iou = box_iou(boxes, boxes)
     survivors: list[int] = []
     for index in instances.scores.argsort(descending=True).tolist():
-        if all(iou[index, other] <= nms_threshold for other in survivors):
+        if all(iou[index, other] <= nms_thresh for other in survivors):
             survivors.append(index)
     one_class = torch.zeros(num_instances, dtype=torch.int64)
-    assert batched_nms(boxes, instances.scores, one_class, nms_threshold).tolist() == survivors
+    assert batched_nms(boxes, instances.scores, one_class, nms_thresh).tolist() == survivors
 
     expected, expected_info = merge_panoptic(instances[survivors], sem_seg, **thresholds)
     for segment in expected_info:
         if segment["isthing"]:
             segment["instance_id"] = survivors[segment["instance_id"]]
     panoptic_seg, segments_info = merge_panoptic(
-        instances, sem_seg, nms_threshold=nms_threshold, **thresholds
+        instances, sem_seg, nms_thresh=nms_thresh, **thresholds
     )
     assert segments_info == expected_info
     assert torch.equal(panoptic_seg, expected)

@@ -124,8 +124,8 @@ def plain(batch: Batch, thresholds: dict[str, float]) -> list[dict[str, Any]]:
         PanopticFPN(
             **network(batch),
             combine_overlap_thresh=thresholds["overlap_threshold"],
-            combine_stuff_area_thresh=thresholds["stuff_area_limit"],
-            combine_instances_score_thresh=thresholds["score_threshold"],
+            combine_stuff_area_thresh=thresholds["stuff_area_thresh"],
+            combine_instances_score_thresh=thresholds["instances_score_thresh"],
         ),
         batch,
     )
@@ -228,8 +228,8 @@ def assert_equals_plain(
             instances,
             labels,
             thresholds["overlap_threshold"],
-            thresholds["stuff_area_limit"],
-            thresholds["score_threshold"],
+            thresholds["stuff_area_thresh"],
+            thresholds["instances_score_thresh"],
         )
         assert mine["panoptic_seg"][1] == segments_info
         assert torch.equal(mine["panoptic_seg"][0], panoptic_seg)
@@ -256,12 +256,12 @@ image_and_output_sizes = st.tuples(image_sizes, st.none() | image_sizes)
 thresholds = st.fixed_dictionaries(
     {
         "overlap_threshold": st.sampled_from([0.0, 0.3, 0.5, 0.8]),
-        "stuff_area_limit": st.sampled_from([1, 30, 10_000]),
-        "score_threshold": st.sampled_from([0.0, 0.3, 0.7, 1.1]),
+        "stuff_area_thresh": st.sampled_from([1, 30, 10_000]),
+        "instances_score_thresh": st.sampled_from([0.0, 0.3, 0.7, 1.1]),
     }
 )
 seeds = st.integers(0, 2**31)
-THRESHOLDS = {"overlap_threshold": 0.5, "stuff_area_limit": 16, "score_threshold": 0.3}
+THRESHOLDS = {"overlap_threshold": 0.5, "stuff_area_thresh": 16, "instances_score_thresh": 0.3}
 LINES = [((1, 60), (1, 90)), ((60, 1), (33, 1)), ((1, 1), (1, 1)), ((40, 50), (1, 64))]
 
 
@@ -273,7 +273,9 @@ LINES = [((1, 60), (1, 90)), ((60, 1), (33, 1)), ((1, 1), (1, 1)), ((40, 50), (1
 )
 @example(seed=0, images=[(0, ((40, 50), None))], thresholds=THRESHOLDS)
 @example(seed=1, images=[(8, sizes) for sizes in LINES], thresholds=THRESHOLDS)
-@example(seed=2, images=[(8, ((64, 32), None))], thresholds={**THRESHOLDS, "score_threshold": 1.1})
+@example(
+    seed=2, images=[(8, ((64, 32), None))], thresholds={**THRESHOLDS, "instances_score_thresh": 1.1}
+)
 def test_a_batch_equals_detectron2s(seed, images, thresholds):
     counts, sizes = zip(*images, strict=True)
     batch = drawn_batch(seed, counts, sizes)

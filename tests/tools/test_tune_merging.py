@@ -107,10 +107,10 @@ def evaluated(images: list[tuple[dict, dict]], setting: tool.Setting) -> list[fl
             output["instances"],
             output["sem_seg"].argmax(0),
             thing_sem_seg_ids=THING_SEM_SEG_IDS,
-            score_threshold=setting.score,
+            instances_score_thresh=setting.score,
             overlap_threshold=setting.overlap,
-            nms_threshold=setting.nms,
-            stuff_area_limit=setting.stuff_area,
+            nms_thresh=setting.nms,
+            stuff_area_thresh=setting.stuff_area,
         )
         evaluator.process([record], [{"panoptic_seg": panoptic_seg}])
     scores = evaluator.evaluate()["panoptic_seg"]

@@ -1,6 +1,6 @@
 """Panoptic FPN: one network for instance, semantic and panoptic segmentation."""
 
-import contextlib
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -14,19 +14,18 @@ from detectron2.modeling import (
     build_roi_heads,
     build_sem_seg_head,
 )
-from detectron2.structures import ImageList
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from ...config import resolve_dataset_keys
+from ...config import OUTPUTS, resolve_config
 from ...errors import UserError
-from ..acceleration import accelerate, is_planar_faster
+from ..acceleration import Acceleration, planar
 from ..postprocessing import PanopticPostprocessor
 from ..semantic_head import logits_for_postprocessing
+from .padding import padded
 
 TASKS = ("instance", "semantic")
 TRAINING = ("joint", "alternate")
-PRECISIONS = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @META_ARCH_REGISTRY.register()
@@ -41,51 +40,61 @@ class PanopticFPNExt(GeneralizedRCNN):
         self,
         *,
         sem_seg_head: nn.Module,
-        postprocess: PanopticPostprocessor | None = None,
+        combine_overlap_thresh: float = 0.5,
+        combine_stuff_area_thresh: float = 4096,
+        combine_instances_score_thresh: float = 0.5,
+        combine_nms_thresh: float = 1.0,
+        thing_sem_seg_ids: Collection[int] = (0,),
+        outputs: Sequence[str] = OUTPUTS,
         instance_loss_weight: float = 1.0,
         training_schedule: str = "joint",
         feature_groups: int = 1,
-        channels_last: bool = False,
-        fold_batch_norm: bool = False,
-        winograd: bool = False,
-        inference_precision: str = "float32",
+        acceleration: Acceleration | None = None,
         **rcnn_args: Any,
     ) -> None:
         """
         Args:
             sem_seg_head: the semantic branch; its ``loss_weight`` is λs.
-            postprocess: makes the outputs of an image; by default all of them.
+            combine_overlap_thresh, combine_stuff_area_thresh, combine_instances_score_thresh:
+                those of ``PanopticFPN``, see :func:`merge_panoptic`.
+            combine_nms_thresh, thing_sem_seg_ids: see :func:`merge_panoptic`.
+            outputs: what inference returns, see :class:`PanopticPostprocessor`.
             instance_loss_weight: λi, on the losses of the ROI heads. Where λi or λs is 0, the
-                branch is neither run in training nor trained.
+                task is left out of training, with λi the RPN too, which Detectron2 would train.
             training_schedule: ``"joint"``, or ``"alternate"`` for the instance task in even
                 iterations and the semantic task in odd ones (paper, section 4.2).
             feature_groups: groups of the channels of the backbone's outputs; the instance branch
                 reads the first, the semantic branch the last.
-            channels_last: whether features have the channels of a pixel side by side in memory,
-                where that is faster: on GPUs, and on CPUs in inference without ``winograd``.
-            fold_batch_norm, winograd: see :func:`accelerate`.
-            inference_precision: ``"float32"``, or ``"float16"`` or ``"bfloat16"`` for what autocast
-                has in that precision.
+            acceleration: what is done for speed; by default as ``MODEL.ACCELERATION``.
             rcnn_args: those of :class:`GeneralizedRCNN`.
+
+        Raises:
+            UserError: a value that cannot be used, or nothing left to train.
         """
         super().__init__(**rcnn_args)
         if training_schedule not in TRAINING:
             raise UserError(
                 f"MODEL.PANOPTIC_FPN.TRAINING {training_schedule!r}: allowed are {list(TRAINING)}"
             )
-        if inference_precision not in PRECISIONS:
+        if self.proposal_generator is None:
             raise UserError(
-                f"MODEL.INFERENCE_PRECISION {inference_precision!r}: allowed are {[*PRECISIONS]}"
+                "MODEL.PROPOSAL_GENERATOR.NAME PrecomputedProposals: Panoptic FPN makes its own "
+                "proposals, set it to RPN"
             )
         self.sem_seg_head = sem_seg_head
-        self.postprocess = postprocess or PanopticPostprocessor()
+        self.postprocess = PanopticPostprocessor(
+            outputs=outputs,
+            thing_sem_seg_ids=thing_sem_seg_ids,
+            combine_overlap_thresh=combine_overlap_thresh,
+            combine_stuff_area_thresh=combine_stuff_area_thresh,
+            combine_instances_score_thresh=combine_instances_score_thresh,
+            combine_nms_thresh=combine_nms_thresh,
+        )
         self.instance_loss_weight = instance_loss_weight
         self.training_schedule = training_schedule
         self.feature_groups = feature_groups
-        self.channels_last = channels_last
-        self.winograd = winograd
-        self.inference_precision = inference_precision
-        accelerate(self, fold_batch_norm=fold_batch_norm, winograd=winograd)
+        self.acceleration = acceleration or Acceleration()
+        self.acceleration.apply(self)
         branches = {
             "instance": (instance_loss_weight, [self.proposal_generator, self.roi_heads]),
             "semantic": (getattr(sem_seg_head, "loss_weight", 1.0), [sem_seg_head]),
@@ -102,7 +111,7 @@ class PanopticFPNExt(GeneralizedRCNN):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        cfg = resolve_dataset_keys(cfg)
+        cfg = resolve_config(cfg)
         if "panoptic_seg" in cfg.MODEL.PANOPTIC_FPN.OUTPUTS and not cfg.MODEL.MASK_ON:
             raise UserError(
                 "MODEL.MASK_ON is False, but panoptic_seg, one of MODEL.PANOPTIC_FPN.OUTPUTS, is "
@@ -119,11 +128,8 @@ class PanopticFPNExt(GeneralizedRCNN):
             "proposal_generator": build_proposal_generator(cfg, shapes),
             "roi_heads": build_roi_heads(cfg, shapes),
             "sem_seg_head": build_sem_seg_head(cfg, shapes),
-            "fold_batch_norm": cfg.MODEL.FOLD_BN,
-            "winograd": cfg.MODEL.WINOGRAD,
-            "inference_precision": cfg.MODEL.INFERENCE_PRECISION,
-            "channels_last": cfg.MODEL.CHANNELS_LAST,
-            "postprocess": PanopticPostprocessor(cfg),
+            **PanopticPostprocessor.from_config(cfg),
+            "acceleration": Acceleration.from_config(cfg),
             "instance_loss_weight": cfg.MODEL.PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT,
             "training_schedule": cfg.MODEL.PANOPTIC_FPN.TRAINING,
             "feature_groups": groups,
@@ -147,21 +153,23 @@ class PanopticFPNExt(GeneralizedRCNN):
             each image, see :class:`PanopticPostprocessor`.
         """
         if not self.training:
-            dtype = PRECISIONS[self.inference_precision]
-            with torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext():
+            with self.acceleration.autocast(self.device):
                 return self.inference(batched_inputs)
         images = self.preprocess_image(batched_inputs)
-        features = self._features(images)
+        features = self.backbone(images.tensor)
         tasks = self._tasks_of_iteration()
         losses = {}
         if "semantic" in tasks:
-            sem_seg = self._pad([x["sem_seg"].to(self.device) for x in batched_inputs])
+            maps = [x["sem_seg"].to(self.device) for x in batched_inputs]
+            sem_seg = padded(maps, self.backbone, self.sem_seg_head.ignore_value).tensor
             losses.update(self.sem_seg_head(self._features_for("semantic", features), sem_seg)[1])
         if "instance" in tasks:
             features = self._features_for("instance", features)
             instances = [x["instances"].to(self.device) for x in batched_inputs]
             proposals, proposal_losses = self.proposal_generator(images, features, instances)
-            _, roi_losses = self.roi_heads(images, _planar(features), proposals, instances)
+            if self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0:
+                self.visualize_training(batched_inputs, proposals)
+            _, roi_losses = self.roi_heads(images, planar(features), proposals, instances)
             losses.update(proposal_losses)
             losses.update({k: v * self.instance_loss_weight for k, v in roi_losses.items()})
         return losses
@@ -180,7 +188,7 @@ class PanopticFPNExt(GeneralizedRCNN):
             (a list) and semantic logits (N, num_classes, H, W).
         """
         images = self.preprocess_image(batched_inputs)
-        features = self._features(images)
+        features = self.backbone(images.tensor)
         sem_seg = instances = [None] * len(batched_inputs)
         stride = 1
         if self.postprocess.needs("sem_seg") or not do_postprocess:
@@ -192,21 +200,13 @@ class PanopticFPNExt(GeneralizedRCNN):
         if self.postprocess.needs("instances") or not do_postprocess:
             features = self._features_for("instance", features)
             proposals, _ = self.proposal_generator(images, features, None)
-            instances, _ = self.roi_heads(images, _planar(features), proposals, None)
+            instances, _ = self.roi_heads(images, planar(features), proposals, None)
         if not do_postprocess:
             return instances, sem_seg
         return [
             self.postprocess(*args, stride=stride)
             for args in zip(sem_seg, instances, images.image_sizes, batched_inputs, strict=True)
         ]
-
-    def _features(self, images: ImageList) -> dict[str, torch.Tensor]:
-        pixels = images.tensor
-        planar = self.winograd and is_planar_faster(pixels)
-        if self.channels_last and not planar and (pixels.is_cuda or not self.training):
-            # Convolutions keep the layout of their input.
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
-        return self.backbone(pixels)
 
     def _tasks_of_iteration(self) -> tuple[str, ...]:
         if self.training_schedule == "joint":
@@ -222,16 +222,3 @@ class PanopticFPNExt(GeneralizedRCNN):
             return features
         group = 0 if task == "instance" else -1
         return {k: v.chunk(self.feature_groups, dim=1)[group] for k, v in features.items()}
-
-    def _pad(self, sem_seg: list[torch.Tensor]) -> torch.Tensor:
-        """Semantic maps as one batch, padded as :meth:`preprocess_image` pads the images."""
-        args = [self.backbone.size_divisibility, self.sem_seg_head.ignore_value]
-        if hasattr(self.backbone, "padding_constraints"):  # newer than Detectron2 v0.6
-            args.append(self.backbone.padding_constraints)
-        return ImageList.from_tensors(sem_seg, *args).tensor
-
-
-def _planar(features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Features with each channel in one piece, as RoIAlign wants them; it would copy them anew for
-    every head and cascade stage."""
-    return {name: feature.contiguous() for name, feature in features.items()}

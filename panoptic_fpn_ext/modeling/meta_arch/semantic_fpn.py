@@ -2,39 +2,69 @@
 
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.modeling.meta_arch.semantic_seg import SemanticSegmentor
+from detectron2.modeling import META_ARCH_REGISTRY, SemanticSegmentor
+from detectron2.structures import ImageList
 
-from ...config import resolve_dataset_keys
-from ..acceleration import accelerate
+from ...config import resolve_config
+from ..acceleration import Acceleration
+from ..postprocessing import PanopticPostprocessor
+from ..semantic_head import logits_for_postprocessing
+from .padding import padded
 
 
 @META_ARCH_REGISTRY.register()
 class SemanticFPN(SemanticSegmentor):
-    """Detectron2's ``SemanticSegmentor`` whose classes follow the dataset.
-
-    Returns for each image ``sem_seg``, (num_classes, height, width) logits; in training the
-    semantic loss. Its configs say so: ``MODEL.PANOPTIC_FPN.OUTPUTS: ["sem_seg"]``.
+    """Detectron2's ``SemanticSegmentor``, whose classes follow the dataset and which never holds
+    logits at full resolution twice.
     """
 
     @configurable
-    def __init__(
-        self, *, fold_batch_norm: bool = False, winograd: bool = False, **segmentor_args: Any
-    ) -> None:
+    def __init__(self, *, acceleration: Acceleration | None = None, **segmentor_args: Any) -> None:
         """
         Args:
-            fold_batch_norm, winograd: see :func:`accelerate`.
+            acceleration: what is done for speed; by default as ``MODEL.ACCELERATION``.
             segmentor_args: those of ``SemanticSegmentor``.
         """
         super().__init__(**segmentor_args)
-        accelerate(self, fold_batch_norm=fold_batch_norm, winograd=winograd)
+        self.acceleration = acceleration or Acceleration()
+        self.acceleration.apply(self)
+        self.postprocess = PanopticPostprocessor(outputs=["sem_seg"])
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        cfg = resolve_dataset_keys(cfg)
-        return {
-            **super().from_config(cfg),
-            "fold_batch_norm": cfg.MODEL.FOLD_BN,
-            "winograd": cfg.MODEL.WINOGRAD,
-        }
+        cfg = resolve_config(cfg)
+        return {**super().from_config(cfg), "acceleration": Acceleration.from_config(cfg)}
+
+    def forward(
+        self, batched_inputs: list[dict[str, Any]]
+    ) -> dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]:
+        """
+        Args:
+            batched_inputs: a dict for each image: ``image`` (C, H, W); in training ``sem_seg``
+                (H, W); in inference optionally ``height`` and ``width`` of the outputs.
+
+        Returns:
+            In training ``{"loss_sem_seg": scalar}``; in inference for each image ``{"sem_seg":
+            (num_classes, height, width) logits}``.
+        """
+        images = self.preprocess_image(batched_inputs)
+        if self.training:
+            maps = [x["sem_seg"].to(self.device) for x in batched_inputs]
+            targets = padded(maps, self.backbone, self.sem_seg_head.ignore_value).tensor
+            return self.sem_seg_head(self.backbone(images.tensor), targets)[1]
+        with self.acceleration.autocast(self.device):
+            features = self.backbone(images.tensor)
+            logits, stride = logits_for_postprocessing(self.sem_seg_head, features)
+            return [
+                self.postprocess(sem_seg, None, image_size, inputs, stride=stride)
+                for sem_seg, image_size, inputs in zip(
+                    logits, images.image_sizes, batched_inputs, strict=True
+                )
+            ]
+
+    def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
+        """The images, normalized and padded."""
+        images = [x["image"].to(self.device) for x in batched_inputs]
+        return padded([(x - self.pixel_mean) / self.pixel_std for x in images], self.backbone)

@@ -4,13 +4,12 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, SemanticSegmentor
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from torch import nn
 
-from ...config import resolve_dataset_keys
-from ...engine.checkpoint import PanopticFPNCheckpointer
+from ...config import resolve_config
 from ...errors import UserError
-from ..acceleration import accelerate
+from ..acceleration import Acceleration, planar
 from ..postprocessing import PanopticPostprocessor
 from ..semantic_head import logits_for_postprocessing
 from .semantic_fpn import SemanticFPN
@@ -30,19 +29,23 @@ class TwoNetworkPanopticFPN(nn.Module):
         self,
         *,
         instance_network: GeneralizedRCNN,
-        semantic_network: SemanticSegmentor,
+        semantic_network: SemanticFPN,
         postprocess: PanopticPostprocessor | None = None,
+        acceleration: Acceleration | None = None,
     ) -> None:
         """
         Args:
             instance_network: finds things.
-            semantic_network: finds stuff.
+            semantic_network: finds stuff; its head's ``loss_weight`` is the one that it has alone.
             postprocess: makes the outputs of an image; by default all of them.
+            acceleration: what is done for speed; by default as ``MODEL.ACCELERATION``.
         """
         super().__init__()
         self.instance_network = instance_network
         self.semantic_network = semantic_network
         self.postprocess = postprocess or PanopticPostprocessor()
+        self.acceleration = acceleration or Acceleration()
+        self.acceleration.apply(self)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -52,7 +55,7 @@ class TwoNetworkPanopticFPN(nn.Module):
                 for other classes or with other shapes than the network's; one with more than a
                 backbone that lacks parameters of the network.
         """
-        cfg = resolve_dataset_keys(cfg)
+        cfg = resolve_config(cfg)
         weights = {
             f"MODEL.TWO_NETWORK.{name}": cfg.MODEL.TWO_NETWORK[name]
             for name in ("INSTANCE_WEIGHTS", "SEMANTIC_WEIGHTS")
@@ -67,6 +70,9 @@ class TwoNetworkPanopticFPN(nn.Module):
             "semantic_network": SemanticFPN(cfg),
         }
         if not missing:
+            # Late: what trains and loads models comes after the models.
+            from ...engine.checkpoint import PanopticFPNCheckpointer
+
             for network, (key, path) in zip(networks.values(), weights.items(), strict=True):
                 checkpointer = PanopticFPNCheckpointer(
                     network, complete=True, backbone_suffices=True
@@ -75,12 +81,11 @@ class TwoNetworkPanopticFPN(nn.Module):
                     checkpointer.load(path)
                 except UserError as error:
                     raise UserError(f"{key} {error}") from error
-        accelerate(
-            networks["instance_network"],
-            fold_batch_norm=cfg.MODEL.FOLD_BN,
-            winograd=cfg.MODEL.WINOGRAD,
-        )
-        return {**networks, "postprocess": PanopticPostprocessor(cfg)}
+        return {
+            **networks,
+            "postprocess": PanopticPostprocessor(cfg),
+            "acceleration": Acceleration.from_config(cfg),
+        }
 
     @property
     def device(self) -> torch.device:
@@ -95,15 +100,23 @@ class TwoNetworkPanopticFPN(nn.Module):
                 **self.instance_network(batched_inputs),
                 **self.semantic_network(batched_inputs),
             }
+        with self.acceleration.autocast(self.device):
+            return self._inference(batched_inputs)
+
+    def _inference(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         sem_seg = instances = [None] * len(batched_inputs)
         stride = 1
-        images = self.instance_network.preprocess_image(batched_inputs)
         if self.postprocess.needs("sem_seg"):
             network = self.semantic_network
+            images = network.preprocess_image(batched_inputs)
             features = network.backbone(images.tensor)
             sem_seg, stride = logits_for_postprocessing(network.sem_seg_head, features)
         if self.postprocess.needs("instances"):
-            instances = self.instance_network.inference(batched_inputs, do_postprocess=False)
+            network = self.instance_network
+            images = network.preprocess_image(batched_inputs)
+            features = planar(network.backbone(images.tensor))
+            proposals, _ = network.proposal_generator(images, features, None)
+            instances, _ = network.roi_heads(images, features, proposals, None)
         return [
             self.postprocess(*args, stride=stride)
             for args in zip(sem_seg, instances, images.image_sizes, batched_inputs, strict=True)

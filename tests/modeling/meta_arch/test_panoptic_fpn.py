@@ -21,10 +21,7 @@ def models(detectron2_cfg, ext_cfg):
 @pytest.fixture
 def full_cfg(ext_cfg):
     """With the keys of this project."""
-    counts = ext_cfg.MODEL.ROI_HEADS.NUM_CLASSES, ext_cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
     add_panoptic_fpn_config(ext_cfg)
-    ext_cfg.MODEL.ROI_HEADS.NUM_CLASSES, ext_cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = counts
-    ext_cfg.MODEL.DEVICE = "cpu"
     return ext_cfg
 
 
@@ -127,6 +124,7 @@ def test_alternate_training_has_one_task_in_each_iteration(full_cfg, training_ba
 
 
 def test_each_branch_reads_its_own_group_of_channels(full_cfg, training_batch):
+    full_cfg.MODEL.BACKBONE.NAME = "build_resnet_grouped_fpn_backbone"
     full_cfg.MODEL.FPN.GROUPS = 2
     model = build_model(full_cfg).eval()
     assert model.sem_seg_head.p2[0].in_channels == full_cfg.MODEL.FPN.OUT_CHANNELS // 2
@@ -143,7 +141,7 @@ def test_inference_in_mixed_precision_is_that_of_autocast(full_cfg, training_bat
     model = build_model(full_cfg).eval()
     with torch.autocast("cpu", torch.bfloat16):
         (expected, *_) = model(training_batch)
-    full_cfg.MODEL.INFERENCE_PRECISION = "bfloat16"
+    full_cfg.MODEL.ACCELERATION.PRECISION = "bfloat16"
     mixed = build_model(full_cfg).eval()
     mixed.load_state_dict(model.state_dict())
     (found, *_) = mixed(training_batch)
@@ -155,7 +153,7 @@ def test_inference_in_mixed_precision_is_that_of_autocast(full_cfg, training_bat
     ("change", "message"),
     [
         (("MODEL.PANOPTIC_FPN.OUTPUTS", ["depth"]), r"PANOPTIC_FPN\.OUTPUTS.*depth.*sem_seg"),
-        (("MODEL.INFERENCE_PRECISION", "half"), r"INFERENCE_PRECISION 'half'.*'float16'"),
+        (("MODEL.ACCELERATION.PRECISION", "half"), r"ACCELERATION.PRECISION 'half'.*'float16'"),
         (("MODEL.MASK_ON", False), r"MASK_ON is False.*OUTPUTS"),
         (("MODEL.PANOPTIC_FPN.TRAINING", "turns"), r"TRAINING 'turns'.*'joint', 'alternate'"),
         (("MODEL.SEM_SEG_HEAD.AGGREGATION", "max"), r"AGGREGATION 'max'.*'sum', 'concat'"),

@@ -6,7 +6,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from torch.testing import assert_close
 
-from panoptic_fpn_ext import UserError
+from panoptic_fpn_ext import UserError, add_panoptic_fpn_config
 from panoptic_fpn_ext.modeling import merge_panoptic
 
 KEYS = ("INSTANCE_WEIGHTS", "SEMANTIC_WEIGHTS")
@@ -39,10 +39,8 @@ def two_networks(cfg):
 
 
 def with_keys(cfg):
-    from panoptic_fpn_ext.config import resolve_dataset_keys
-
-    cfg = resolve_dataset_keys(cfg)
-    cfg.defrost()
+    cfg = cfg.clone()
+    add_panoptic_fpn_config(cfg)
     cfg.MODEL.META_ARCHITECTURE = "TwoNetworkPanopticFPN"
     return cfg
 
