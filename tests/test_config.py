@@ -391,6 +391,10 @@ def test_a_key_works_or_is_refused(shapes, ext_cfg, key, architecture):
     assert found[0] != found[1]
 
 
+HEAD_OF_DETECTRON2 = ("MODEL.SEM_SEG_HEAD.NAME", "SemSegFPNHead")
+MASK_RCNN = ("MODEL.META_ARCHITECTURE", "GeneralizedRCNN")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
