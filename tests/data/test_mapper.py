@@ -17,6 +17,8 @@ from pycocotools import mask as rle
 from panoptic_fpn_ext import PanopticFPNMapper, UserError, add_panoptic_fpn_config
 from panoptic_fpn_ext.data.panoptic_png import read_panoptic_png
 
+from .tiny_dataset import SIZE, TinyDataset
+
 
 @pytest.fixture
 def cfg(shapes):
@@ -34,6 +36,13 @@ def cfg(shapes):
 def record(shapes):
     """One with things and crowds, if there is one."""
     return max(DatasetCatalog.get("shapes_train"), key=lambda r: len(r["segments_info"]))
+
+
+@pytest.fixture
+def tiny_record(tmp_path):
+    """One whose image is no square."""
+    with TinyDataset(tmp_path / "data", 1).registered() as name:
+        return DatasetCatalog.get(name)[0]
 
 
 def test_training_inputs(cfg, record):
@@ -75,7 +84,7 @@ def test_instances_from_the_panoptic_png_equal_those_of_the_instances_json(cfg, 
     crop=st.booleans(),
 )
 def test_images_and_annotations_are_mapped_as_detectron2_does(
-    cfg, record, seed, num_instances, mask_format, image_format, flip, crop
+    cfg, tiny_record, seed, num_instances, mask_format, image_format, flip, crop
 ):
     """Boxes of several modes, several polygons an instance, some beyond the image.
 
@@ -86,12 +95,12 @@ def test_images_and_annotations_are_mapped_as_detectron2_does(
     cfg.INPUT.MASK_FORMAT, cfg.INPUT.FORMAT, cfg.INPUT.RANDOM_FLIP = mask_format, image_format, flip
     annotations = [
         {
-            "bbox": rng.uniform(0, 60, 4).round(2).tolist(),
+            "bbox": rng.uniform(0, 30, 4).round(2).tolist(),
             "bbox_mode": BoxMode.XYWH_ABS if rng.random() < 0.7 else BoxMode.XYXY_ABS,
             "category_id": int(rng.integers(3)),
             "iscrowd": int(rng.random() < 0.1),
             "segmentation": [
-                rng.uniform(-9, 99, 2 * rng.integers(3, 6)).tolist()
+                rng.uniform(-5, 45, 2 * rng.integers(3, 6)).tolist()
                 for _ in range(rng.integers(1, 4))
             ],
         }
@@ -102,9 +111,9 @@ def test_images_and_annotations_are_mapped_as_detectron2_does(
         cfg.INPUT.CROP.ENABLED, cfg.INPUT.CROP.SIZE = True, [0.6, 0.7]
         cfg.INPUT.MASK_FORMAT = mask_format = "bitmask"
         for annotation in annotations:
-            polygons = rle.frPyObjects(annotation["segmentation"], 64, 64)
+            polygons = rle.frPyObjects(annotation["segmentation"], *SIZE)
             annotation["segmentation"] = rle.merge(polygons)
-    record = {**record, "annotations": annotations}
+    record = {**tiny_record, "annotations": annotations}
     mapped = []
     for mapper in (PanopticFPNMapper, DatasetMapper):
         np.random.seed(seed % 1000)
@@ -125,6 +134,29 @@ def test_images_and_annotations_are_mapped_as_detectron2_does(
             [p.tolist() for p in i] for masks in mapped for i in masks["instances"].gt_masks
         ]
         assert polygons[: len(ours)] == polygons[len(ours) :]
+
+
+def test_precomputed_proposals_are_mapped_as_detectron2_does(cfg, tiny_record):
+    cfg.MODEL.LOAD_PROPOSALS = True
+    cfg.DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN = 2
+    proposals = {
+        "proposal_boxes": np.array([[1.0, 2, 30, 20], [3, 4, 9, 12], [0, 0, 5, 6]]),
+        "proposal_objectness_logits": np.array([0.9, 0.7, 0.1]),
+        "proposal_bbox_mode": BoxMode.XYXY_ABS,
+    }
+    ours, theirs = (
+        mapper(cfg, is_train=True)({**tiny_record, **proposals})["proposals"]
+        for mapper in (PanopticFPNMapper, DatasetMapper)
+    )
+    assert torch.equal(ours.proposal_boxes.tensor, theirs.proposal_boxes.tensor)
+    assert torch.equal(ours.objectness_logits, theirs.objectness_logits)
+    assert len(ours) == 2
+
+
+def test_masks_of_a_model_without_masks_are_not_made(cfg, tiny_record):
+    cfg.MODEL.MASK_ON = False
+    instances = PanopticFPNMapper(cfg, is_train=True)(tiny_record)["instances"]
+    assert instances.get_fields().keys() == {"gt_boxes", "gt_classes"}
 
 
 def test_an_image_without_things(cfg, record):
@@ -177,3 +209,10 @@ def test_shapes_metadata_follows_its_json(shapes):
     metadata = MetadataCatalog.get("shapes_val")
     assert len(metadata.thing_classes) == sum(c["isthing"] for c in categories)
     assert len(metadata.stuff_classes) == sum(not c["isthing"] for c in categories) + 1
+
+
+@pytest.mark.parametrize("value", [-1, 256])
+def test_void_must_be_a_byte(cfg, value):
+    cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE = value
+    with pytest.raises(UserError, match=f"IGNORE_VALUE {value}: must be 0 to 255"):
+        PanopticFPNMapper(cfg, is_train=True)

@@ -165,6 +165,8 @@ def test_keypoints_equal_those_of_detectron2(data):
         cfg.DATASETS.TRAIN = (name,)
         cfg.MODEL.KEYPOINT_ON, cfg.INPUT.MIN_SIZE_TRAIN = True, (36,)
         mappers = PanopticFPNMapper(cfg), DatasetMapper(cfg)
+        cfg.MODEL.KEYPOINT_ON = False
+        assert not PanopticFPNMapper(cfg)(records[0])["instances"].has("gt_keypoints")
     assert [r["annotations"] for r in records] == [r["annotations"] for r in expected]
     for seed in range(4):
         for record in records:
