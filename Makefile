@@ -9,7 +9,7 @@ REQUIREMENTS := $(VENV)/.requirements
 PROJECT := $(VENV)/.project
 
 .DEFAULT_GOAL := help
-.PHONY: env quickstart prepare-cityscapes test lint format clean help FORCE
+.PHONY: env quickstart prepare-cityscapes test mutants lint format clean help FORCE
 
 env: $(PROJECT)  ## make .venv, the reference environment (5.5 GB, 2 minutes); PYTHON=... picks its Python
 
@@ -21,6 +21,9 @@ prepare-cityscapes: $(PROJECT)  ## make the panoptic annotations of Cityscapes (
 
 test: $(PROJECT)  ## run the tests
 	$(BIN)/python -m pytest
+
+mutants: $(PROJECT)  ## make small wrong changes, and list those that no test sees (an hour)
+	$(BIN)/python tools/mutants.py
 
 lint: $(PROJECT)  ## check style and formatting
 	$(BIN)/ruff check .
