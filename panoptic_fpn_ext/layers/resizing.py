@@ -122,7 +122,6 @@ def _row_blocks(
 
 
 @functools.lru_cache(maxsize=256)  # they are small
-@torch.inference_mode(False)  # what is kept may be used where there are gradients
 def _blocks(
     num_inputs: int, stride: int, image_size: int, num_outputs: int, block_size: int
 ) -> list[_Block]:

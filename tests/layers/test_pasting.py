@@ -1,5 +1,6 @@
 """Pasting against Detectron2's."""
 
+import pytest
 import torch
 from detectron2.layers import paste_masks_in_image
 from hypothesis import given, settings
@@ -47,3 +48,27 @@ def test_equals_detectron2(seed, count, height, width, resolution):
 def test_boxes_outside_the_image_have_no_pixels():
     boxes = torch.tensor([[-30.0, 5, -10, 20], [200.0, 5, 220, 20], [5.0, 90, 20, 95]])
     assert not PastedMasks(torch.ones(3, 28, 28), boxes, (50, 60)).dense().any()
+
+
+@pytest.mark.parametrize("threshold", [0.05, 0.2, 0.5])
+def test_one_pixel_around_a_box_belongs_to_its_window(threshold):
+    """Where low thresholds let masks reach beyond their boxes."""
+    boxes = torch.tensor([[10.0, 12, 30, 40], [10.4, 12.6, 30.4, 40.6], [0.2, 0.3, 49.5, 59.6]])
+    probabilities = torch.ones(3, 2, 2)
+    expected = paste_masks_in_image(probabilities, boxes, (60, 50), threshold).bool()
+    assert torch.equal(PastedMasks(probabilities, boxes, (60, 50), threshold).dense(), expected)
+
+
+def test_a_probability_at_the_threshold_is_in_the_mask():
+    boxes = torch.tensor([[8.0, 8, 24, 24]])
+    probabilities = torch.full((1, 4, 4), 0.5)
+    expected = paste_masks_in_image(probabilities, boxes, (32, 32)).bool()
+    assert expected.sum() > 100
+    assert torch.equal(PastedMasks(probabilities, boxes, (32, 32)).dense(), expected)
+
+
+def test_a_box_without_extent_is_pasted_as_by_detectron2():
+    boxes = torch.tensor([[10.0, 12, 10, 40], [10.5, 12.5, 10.5, 12.5]])
+    probabilities = torch.ones(2, 4, 4)
+    pasted = PastedMasks(probabilities, boxes, (60, 50)).dense()
+    assert torch.equal(pasted, paste_masks_in_image(probabilities, boxes, (60, 50)).bool())
