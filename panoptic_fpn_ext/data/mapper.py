@@ -146,8 +146,7 @@ class PanopticFPNMapper(DatasetMapper):
                 )
         instances = utils.annotations_to_instances(annotations, image_shape)
         if self.use_instance_mask:
-            source = dataset_dict["file_name"]
-            instances.gt_masks = self._masks(segmentations, transforms, image_shape, source)
+            instances.gt_masks = self._masks(segmentations, transforms, image_shape, dataset_dict)
             if self.recompute_boxes:
                 instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
         dataset_dict["instances"] = utils.filter_empty_instances(instances)
@@ -157,13 +156,20 @@ class PanopticFPNMapper(DatasetMapper):
         segmentations: list[Any],
         transforms: T.TransformList,
         image_shape: tuple[int, int],
-        source: str,
+        record: Mapping[str, Any],
     ) -> BitMasks | PolygonMasks:
-        """The transformed masks of the instances of an image (H, W), all of one kind."""
+        """The masks of the instances of an image, all of one kind.
+
+        Args:
+            segmentations: polygons, RLE or arrays of the size of the record's image.
+            transforms: those of the image.
+            image_shape: its height and width after them.
+            record: the record, for its size and for error messages.
+        """
         if any(segmentation is None for segmentation in segmentations):
             raise UserError(
-                f"{source}: an instance annotation has no 'segmentation'; instances with boxes "
-                "alone need MODEL.MASK_ON False"
+                f"{record['file_name']}: an instance annotation has no 'segmentation'; instances "
+                "with boxes alone need MODEL.MASK_ON False"
             )
         # A cropped polygon would have to be clipped; clipping its mask is exact and needs nothing.
         cropped = any(isinstance(t, T.CropTransform) for t in transforms.transforms)
@@ -181,12 +187,13 @@ class PanopticFPNMapper(DatasetMapper):
                 continue
             if isinstance(segmentation, dict):
                 segmentation = rle.decode(segmentation)
-            segmentation = transforms.apply_segmentation(np.asarray(segmentation, dtype=np.uint8))
-            if segmentation.shape != tuple(image_shape):
+            segmentation = np.asarray(segmentation, dtype=np.uint8)
+            if segmentation.shape != (record["height"], record["width"]):
                 raise UserError(
-                    f"{source}: the mask of an instance annotation is not of the image's size"
+                    f"{record['file_name']}: the mask of an instance annotation is not of the "
+                    "image's size"
                 )
-            mask[:] = segmentation
+            mask[:] = transforms.apply_segmentation(segmentation)
         return BitMasks(torch.from_numpy(masks))
 
 

@@ -1,5 +1,7 @@
 """Ground truth through the augmentations of the config, against a loop over ids and pixels."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -143,7 +145,11 @@ class _Recorded:
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 2**31), cropped=st.sampled_from(CROPS[:4]), after_resize=st.booleans())
+@given(
+    seed=st.integers(0, 2**31),
+    cropped=st.sampled_from([*CROPS[:4], ("absolute", (4, 5))]),
+    after_resize=st.booleans(),
+)
 def test_a_crop_holds_an_instance_if_there_is_one(data, seed, cropped, after_resize):
     ids = np.zeros((40, 60), int)
     rng = np.random.default_rng(seed)
@@ -210,6 +216,29 @@ def test_colours_change_and_shapes_do_not(data):
         assert torch.equal(test_mapper(record)["image"], test_mapper(record)["image"])
 
 
+def test_colours_change_alike_in_both_channel_orders(data):
+    images = []
+    with data.registered() as name:
+        (record,) = DatasetCatalog.get(name)
+        for image_format in ("BGR", "RGB"):
+            mapper = PanopticFPNMapper(
+                config(name, "INPUT.COLOR_AUG_SSD", True, "INPUT.FORMAT", image_format)
+            )
+            random.seed(0)
+            np.random.seed(0)
+            images.append([mapper(record)["image"] for _ in range(8)])
+    for bgr, rgb in zip(*images, strict=True):
+        assert torch.equal(bgr, rgb.flip(0))
+
+
+@pytest.mark.parametrize(
+    ("crop_type", "size"), [("relative", (1.0, 1.0)), ("absolute_range", (7, 7)), *CROPS]
+)
+def test_crops_that_are_allowed(crop_type, size):
+    augmentations = build_augmentation(config("tiny", *crop(crop_type, size)), is_train=True)
+    assert isinstance(augmentations[0], T.RandomCrop)
+
+
 @pytest.mark.parametrize("cropped", CROPS)
 @pytest.mark.parametrize("mask_format", ["polygon", "bitmask"])
 @pytest.mark.parametrize("segmentation", ["polygon", "rle", "uncompressed rle"])
@@ -272,6 +301,11 @@ def test_polygons_stay_polygons_only_where_they_can(data):
         other = {**record["annotations"][0], "segmentation": rle.encode(mask.astype(np.uint8))}
         mixed = {**record, "annotations": [*record["annotations"], other]}
         assert isinstance(mapper(mixed)["instances"].gt_masks, BitMasks)
+        small = {**other, "segmentation": mask[1:]}
+        with pytest.raises(
+            UserError, match=r"1\.jpg: the mask of an instance annotation is not of"
+        ):
+            mapper({**record, "annotations": [small]})
         none = {k: v for k, v in other.items() if k != "segmentation"}
         with pytest.raises(UserError, match=r"1\.jpg: an instance annotation has no 'segm"):
             mapper({**record, "annotations": [none]})
