@@ -5,6 +5,7 @@
     python tools/benchmark.py inference --device cuda --precision fp16 --peers
     python tools/benchmark.py inference --growth --rounds 3
     python tools/benchmark.py training --images 2
+    python tools/benchmark.py acceleration
     python tools/benchmark.py evaluation --sizes 1024x2048
     python tools/benchmark.py eval-only --config-file configs/quickstart.yaml \\
         --opts MODEL.WEIGHTS output/quickstart/model_final.pth
@@ -24,6 +25,7 @@ from pathlib import Path
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler tells of every start and stop
 
 import torch
+from benchmark_acceleration import acceleration
 from benchmark_eval_only import eval_only
 from benchmark_evaluation import evaluation
 from benchmark_frame import environment, report, use_cores
@@ -133,6 +135,13 @@ def parser() -> argparse.ArgumentParser:
         "--peers", action="store_true", help="also torchvision's Mask R-CNN and Mask2Former"
     )
     command.set_defaults(run=inference)
+
+    command = subcommands.add_parser(
+        "acceleration",
+        parents=[common, models],
+        help="models of Detectron2's zoo, as they are and accelerated",
+    )
+    command.set_defaults(run=acceleration)
 
     command = subcommands.add_parser(
         "training", parents=[common, models], help="a training step, and the data path"
