@@ -146,9 +146,8 @@ def compare_heads(cfg: CfgNode, setting: Setting, args: argparse.Namespace) -> l
         size = (args.images, shapes[name].channels, height, width)
         features[name] = torch.randn(size, generator=generator).to(args.device)
     our_features = features
-    if (
-        our_cfg.MODEL.ACCELERATION.CHANNELS_LAST and args.device.type == "cuda"
-    ):  # as our backbone makes them
+    # As our backbone makes them.
+    if our_cfg.MODEL.ACCELERATION.CHANNELS_LAST and args.device.type == "cuda":
         our_features = {
             k: v.contiguous(memory_format=torch.channels_last) for k, v in features.items()
         }
