@@ -292,7 +292,7 @@ def plan(family: Family, args: argparse.Namespace) -> list[Run]:
             raise UserError(f"{key} differs from run to run: use {option}")
     arguments = {}
     for name, config in family.configs.items():
-        options = [*config.options, *(QUICK if args.quick else ()), *args.opts]
+        options = [*config.options, *(QUICK if args.quick else ()), *_meant_for(config, args.opts)]
         options += _longer(config.base, options, family.iterations.get(name, 1))
         arguments[name] = ("--config-file", str(config.base), *options)
     runs = [
@@ -312,6 +312,14 @@ def plan(family: Family, args: argparse.Namespace) -> list[Run]:
                 "it, or name another --output"
             )
     return runs
+
+
+def _meant_for(config: Config, opts: list[str]) -> list[str]:
+    """Options for every run, the weights of two networks only where there are two."""
+    if "TwoNetworkPanopticFPN" in config.options:
+        return opts
+    pairs = zip(opts[::2], opts[1::2], strict=True)
+    return [item for pair in pairs if not pair[0].startswith("MODEL.TWO_NETWORK.") for item in pair]
 
 
 def _longer(base: Path, options: list[str], times: int) -> list[str]:

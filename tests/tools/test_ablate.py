@@ -384,3 +384,10 @@ class TestShipped:
         )
         assert alternate.MAX_ITER == 2 * joint.MAX_ITER
         assert tuple(2 * step for step in joint.STEPS) == alternate.STEPS
+
+    def test_weights_of_two_networks_go_where_there_are_two(self, tool: ModuleType) -> None:
+        weights = ["MODEL.TWO_NETWORK.INSTANCE_WEIGHTS", "a.pkl", "MODEL.FPN.NORM", "GN"]
+        family = tool.read_family(ABLATIONS / "panoptic", None)
+        for name, config in family.configs.items():
+            expected = weights if name == "two_networks" else weights[2:]
+            assert tool._meant_for(config, weights) == expected
