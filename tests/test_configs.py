@@ -3,7 +3,7 @@
 import pytest
 import torch
 from detectron2 import model_zoo
-from detectron2.config import get_cfg
+from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 
 from panoptic_fpn_ext import add_panoptic_fpn_config
@@ -21,9 +21,6 @@ ZOO = [
     "COCO-PanopticSegmentation/panoptic_fpn_R_101_3x.yaml",
     "Misc/panoptic_fpn_R_101_dconv_cascade_gn_3x.yaml",
 ]
-# What a model is made of; the rest is how it is trained.
-NETWORK = ("BACKBONE", "RESNETS", "FPN", "ANCHOR_GENERATOR", "RPN", "ROI_HEADS", "ROI_BOX_HEAD")
-NETWORK += ("ROI_BOX_CASCADE_HEAD", "ROI_MASK_HEAD", "SEM_SEG_HEAD", "PANOPTIC_FPN", "WEIGHTS")
 
 
 def ours(path):
@@ -59,26 +56,77 @@ def test_config_files_have_known_keys_and_registered_names(path):
     assert set(cfg.DATASETS.TRAIN + cfg.DATASETS.TEST) <= set(DatasetCatalog.list())
 
 
-@pytest.mark.parametrize("name", ZOO)
+def differences(mine, theirs, prefix=""):
+    """Keys of Detectron2 whose values differ."""
+    found = {}
+    for key, value in theirs.items():
+        if isinstance(value, CfgNode):
+            found |= differences(mine[key], value, f"{prefix}{key}.")
+        elif mine[key] != value:
+            found[prefix + key] = (mine[key], value)
+    return found
+
+
+INSTANCES = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
+
+
+@pytest.mark.parametrize("name", [*ZOO, INSTANCES])
 def test_our_coco_configs_are_the_zoos(name):
+    """In every key, but for the names of what is ours."""
     theirs = get_cfg()
     theirs.merge_from_file(model_zoo.get_config_file(name))
-    mine = ours(REPOSITORY / "configs" / "COCO-PanopticSegmentation" / name.rpartition("/")[2])
-    theirs.MODEL.SEM_SEG_HEAD.NAME = "SemanticFPNHead"
-    for cfg in (mine, theirs):
-        cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 80, 54
+    mine = ours(REPOSITORY / "configs" / name.replace("Misc", "COCO-PanopticSegmentation"))
+    found = differences(mine, theirs)
+    renamed = {"DATASETS.TRAIN", "DATASETS.TEST", "MODEL.SEM_SEG_HEAD.NAME"}
+    if name == INSTANCES:
+        renamed |= {"MODEL.SEM_SEG_HEAD.LOSS_WEIGHT"}  # there is no semantic branch
+    else:
+        renamed |= {"MODEL.META_ARCHITECTURE"}
+    assert found.keys() == renamed, found
 
-    def differ(mine, theirs):
-        return {
-            k: (mine[k], v) for k, v in theirs.items() if not isinstance(v, dict) and mine[k] != v
-        }
 
-    for part in NETWORK:
-        value, expected = mine.MODEL[part], theirs.MODEL[part]
-        assert (differ(value, expected) == {}) if isinstance(value, dict) else value == expected
-    keys = ("IMS_PER_BATCH", "BASE_LR", "STEPS", "MAX_ITER", "WEIGHT_DECAY")
-    assert [mine.SOLVER[k] for k in keys] == [theirs.SOLVER[k] for k in keys]
-    assert mine.INPUT.MIN_SIZE_TRAIN == theirs.INPUT.MIN_SIZE_TRAIN
+@pytest.mark.parametrize("task", ["Panoptic", "Semantic", "Instance"])
+@pytest.mark.parametrize("depth", [50, 101])
+def test_cityscapes_configs_have_the_papers_recipe(task, depth):
+    names = {"Panoptic": "panoptic_fpn", "Semantic": "semantic_fpn", "Instance": "mask_rcnn"}
+    name = f"{names[task]}_R_{depth}{'_FPN' if task == 'Instance' else ''}.yaml"
+    cfg = ours(REPOSITORY / "configs" / f"Cityscapes-{task}Segmentation" / name)
+    solver, crop = cfg.SOLVER, cfg.INPUT.CROP
+    assert (solver.OPTIMIZER, solver.IMS_PER_BATCH, solver.BASE_LR) == ("SGD", 32, 0.01)
+    assert (solver.MAX_ITER, solver.STEPS, solver.GAMMA) == (65000, (40000, 55000), 0.1)
+    assert (crop.ENABLED, crop.TYPE, crop.SIZE) == (True, "absolute", [512, 1024])
+    assert crop.AFTER_RESIZE
+    assert (cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING) == ((512, 2048), "range")
+    assert cfg.INPUT.COLOR_AUG_SSD
+    assert (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST) == (1024, 2048)
+    assert depth == cfg.MODEL.RESNETS.DEPTH
+    assert cfg.MODEL.SEM_SEG_HEAD.LOSS_WEIGHT == 1.0
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_images_without_things_are_left_out_of_mask_r_cnns_training_alone(path):
+    cfg = ours(path)
+    alone = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+    assert alone == cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+
+
+@pytest.mark.parametrize(
+    ("two", "semantic"),
+    [
+        (
+            "COCO-PanopticSegmentation/two_networks_R_50_1x",
+            "COCO-SemanticSegmentation/semantic_fpn_R_50_1x",
+        ),
+        ("ablations/panoptic/two_networks", "ablations/semantic/sum_64"),
+    ],
+)
+def test_the_semantic_one_of_two_networks_learns_as_it_does_alone(two, semantic):
+    """By the same loss, from the same images, in as many steps."""
+    two, alone = (ours(REPOSITORY / "configs" / f"{name}.yaml") for name in (two, semantic))
+    assert two.MODEL.META_ARCHITECTURE == "TwoNetworkPanopticFPN"
+    assert two.MODEL.SEM_SEG_HEAD == alone.MODEL.SEM_SEG_HEAD
+    assert (two.MODEL.BACKBONE, two.MODEL.FPN) == (alone.MODEL.BACKBONE, alone.MODEL.FPN)
+    assert (two.SOLVER, two.INPUT, two.DATALOADER) == (alone.SOLVER, alone.INPUT, alone.DATALOADER)
 
 
 @pytest.mark.slow
