@@ -1,6 +1,7 @@
 """Registering panoptic datasets: categories, label spaces, records."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -72,6 +73,13 @@ def test_full_label_space(register):
     assert metadata.thing_sem_seg_ids == (1, 2)
 
 
+def test_a_stuff_category_with_id_0(register):
+    """Which is that of "things" otherwise."""
+    metadata = register(content(categories=[{**CATEGORIES[0], "id": 0}, CATEGORIES[1]]))
+    assert metadata.stuff_classes == ["things", "sky"]
+    assert metadata.stuff_dataset_id_to_contiguous_id == {-1: 0, 0: 1}
+
+
 def test_things_only_and_stuff_only(register):
     things = register(content(categories=[CATEGORIES[1]]), name="things")
     assert (things.thing_classes, things.stuff_classes) == (["car"], ["things"])
@@ -97,10 +105,16 @@ def test_records(register, tmp_path):
 
 
 def test_nothing_is_read_on_registration(tmp_path):
-    register_panoptic_dataset("nowhere", tmp_path, tmp_path, tmp_path / "missing.json")
+    path = tmp_path / "missing.json"
+    register_panoptic_dataset("nowhere", tmp_path, tmp_path, path)
     try:
+        metadata = MetadataCatalog.get("nowhere")
+        assert pickle.loads(pickle.dumps(metadata.as_dict())) == metadata.as_dict()
         with pytest.raises(UserError, match=r"missing\.json: No such file"):
-            _ = MetadataCatalog.get("nowhere").thing_classes
+            _ = metadata.thing_classes
+        path.write_text(json.dumps(content()))
+        assert metadata.thing_classes == ["car", "person"]
+        assert metadata.as_dict()["thing_classes"] == ["car", "person"]
     finally:
         DatasetCatalog.remove("nowhere")
         MetadataCatalog.remove("nowhere")
@@ -142,6 +156,27 @@ def test_instances_equal_those_of_detectron2(shapes, split):
     records = {r["image_id"]: r for r in DatasetCatalog.get(f"shapes_{split}")}
     for record in expected:
         assert records[record["image_id"]]["annotations"] == record["annotations"]
+
+
+def test_masks_of_every_kind_equal_those_of_detectron2(data):
+    triangle, line = [1, 2, 9, 2, 5, 8], [1, 2, 9, 2]
+    segmentations = [
+        *([triangle], [line, triangle], [line], [triangle[:5], triangle], []),
+        {"size": [24, 32], "counts": [700, 20, 48]},
+    ]
+    annotation = data.instances["annotations"][0]
+    data.instances["annotations"] = [
+        {**annotation, "segmentation": segmentation, "id": k}
+        for k, segmentation in enumerate(segmentations)
+    ]
+    data.instances["categories"] = [c for c in data.panoptic["categories"] if c["isthing"]]
+    data.write()
+    expected = load_coco_json(str(data.instances_json), "", "as_detectron2_loads_it")
+    MetadataCatalog.remove("as_detectron2_loads_it")
+    with data.registered(instances=True) as name:
+        records = DatasetCatalog.get(name)
+    assert [r["annotations"] for r in records] == [r["annotations"] for r in expected]
+    assert len(records[0]["annotations"]) == len(segmentations) - 1
 
 
 def test_keypoints_equal_those_of_detectron2(data):
