@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
@@ -153,9 +154,11 @@ class Trainer(DefaultTrainer):
         Returns:
             The scores, as :meth:`DefaultTrainer.test`.
         """
-        # Data loaders draw a seed from the state that training goes on with.
+        # Loaders draw a seed and transforms a size from the random state of training.
+        numpy_state = np.random.get_state()
         with torch.random.fork_rng(devices=()):
             results = super().test(cfg, model, evaluators)
+        np.random.set_state(numpy_state)
         if comm.is_main_process():
             folder = os.path.join(cfg.OUTPUT_DIR, "inference")
             os.makedirs(folder, exist_ok=True)
