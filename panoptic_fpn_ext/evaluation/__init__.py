@@ -1,6 +1,7 @@
 """Streaming evaluation: panoptic quality, semantic IoU, instance AP, submissions, and what a
 dataset is evaluated with."""
 
+from .base import ImageEvaluator
 from .build import build_evaluator, evaluator_builders
 from .cityscapes_instances import CityscapesInstanceEvaluator
 from .cityscapes_sem_seg import CityscapesSemSegEvaluator
@@ -15,6 +16,7 @@ __all__ = [
     "EVALUATOR_REGISTRY",
     "CityscapesInstanceEvaluator",
     "CityscapesSemSegEvaluator",
+    "ImageEvaluator",
     "InstanceAPEvaluator",
     "PanopticQualityEvaluator",
     "PanopticSubmissionWriter",

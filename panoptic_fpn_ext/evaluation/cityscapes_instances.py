@@ -189,13 +189,13 @@ def _average_precision(detections: _Detections, category: int, overlap: float) -
         column[of_class]
         for column in (detections.score, detections.iou, detections.gt, detections.ignored)
     )
-    overlaps = iou > overlap
+    hit = iou > overlap
     # Of several detections of one true instance the best is right, and the others are wrong.
-    matched = np.flatnonzero(overlaps & (gt >= 0))
+    matched = np.flatnonzero(hit & (gt >= 0))
     matched = matched[np.lexsort((-score[matched], gt[matched]))]
     is_best = np.ones(len(matched), dtype=bool)
     is_best[1:] = gt[matched][1:] != gt[matched][:-1]
-    unmatched = np.flatnonzero(~overlaps & (ignored <= overlap))
+    unmatched = np.flatnonzero(~hit & (ignored <= overlap))
 
     scores = np.concatenate((score[matched], score[unmatched]))
     right = np.concatenate((is_best, np.zeros(len(unmatched), dtype=bool)))

@@ -258,7 +258,7 @@ class InstanceAPEvaluator(ImageEvaluator[ImageInstances]):
         precision = evaluation.eval["precision"][:, :, :, 0, -1]
         values = [
             *evaluation.stats[: len(METRICS)],
-            *(_mean(precision[:, :, k]) for k in range(len(self._class_names))),
+            *(precision[:, :, k].reshape(-1).mean() for k in range(len(self._class_names))),
         ]
         return {
             key: 100 * float(value) if value >= 0 else math.nan
@@ -296,8 +296,3 @@ def _detections(images: Iterable[ImageInstances], task: str) -> list[dict[str, A
                 {"image_id": number, "category_id": category, "score": score, **shape}
             )
     return detections
-
-
-def _mean(precision: np.ndarray) -> float:
-    precision = precision[precision > -1]
-    return float(precision.mean()) if precision.size else math.nan

@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 
 
 class ConfusionCells(NamedTuple):
-    """The cells of an image's confusion matrix that are not 0, few of them all; arrays (N,).
+    """The cells of an image's confusion matrix, [true, predicted], that are not 0: a few of many.
 
-    ``cells`` is their places in the flattened matrix, [true, predicted], ``pixels`` their values.
+    int32 arrays (N,): ``cells`` are their places in the flattened matrix, ``pixels`` their values.
     """
 
     cells: np.ndarray
@@ -32,8 +32,8 @@ class ConfusionCells(NamedTuple):
 
     @classmethod
     def of(cls, confusion: np.ndarray) -> "ConfusionCells":
-        cells = np.flatnonzero(confusion)
-        return cls(cells, confusion.reshape(-1)[cells])
+        cells = np.flatnonzero(confusion).astype(np.int32)
+        return cls(cells, confusion.reshape(-1)[cells].astype(np.int32))
 
 
 class SemSegIoUEvaluator(ImageEvaluator[ConfusionCells]):
@@ -43,8 +43,8 @@ class SemSegIoUEvaluator(ImageEvaluator[ConfusionCells]):
     nowhere true: it counts as 0, as in cityscapesscripts and MMSegmentation. (Detectron2's main
     branch leaves such a class out: that is the mean of the ``IoU-<name>`` that are not nan.)
 
-    Works in one process or several. An image that comes twice counts once; of each, a kilobyte or
-    so is kept.
+    Works in one process or several. An image that comes twice counts once; of each, a few
+    kilobytes are kept.
     """
 
     output_key = "sem_seg"

@@ -1,6 +1,7 @@
 """Which evaluators a dataset gets, and where their scores go."""
 
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -70,6 +71,32 @@ def test_a_registered_evaluator_is_used(metadata, tmp_path):
     finally:
         del EVALUATOR_REGISTRY._obj_map["counter"]
     assert results == {"count": {"of": 3.0}}
+
+
+def test_a_submission_is_written_before_evaluators_change_predictions(
+    shapes_predictions, tmp_path, monkeypatch
+):
+    class Spoiler(DatasetEvaluator):
+        def process(self, inputs, outputs) -> None:
+            for output in outputs:
+                output["panoptic_seg"][1].clear()
+
+        def evaluate(self) -> None:
+            return None
+
+    spoiler = needs("panoptic_seg")(lambda dataset_name, output_folder: Spoiler())
+    monkeypatch.setitem(EVALUATOR_REGISTRY._obj_map, "spoiler", spoiler)
+    monkeypatch.setitem(MetadataCatalog.get("shapes_val").__dict__, "evaluators", ("spoiler",))
+    records, outputs = shapes_predictions
+    expected = [len(output["panoptic_seg"][1]) for output in outputs]
+    evaluator = build_evaluator(config(TEST__SUBMISSION=True), "shapes_val", str(tmp_path))
+    evaluator.reset()
+    evaluator.process(records, outputs)
+    assert evaluator.evaluate() == {}
+    with zipfile.ZipFile(tmp_path / "shapes_val_submission.zip") as file:
+        (name,) = (name for name in file.namelist() if name.endswith(".json"))
+        annotations = json.loads(file.read(name))["annotations"]
+    assert [len(annotation["segments_info"]) for annotation in annotations] == expected
 
 
 def test_mistakes_are_named(metadata):

@@ -257,6 +257,58 @@ def test_the_random_scenes_are_hard_enough(dataset):
     assert abs(results["iIoU"] - results["IoU"]) > 1
 
 
+def scores_of_instances(dataset, predictions: list[tuple[np.ndarray, list[np.ndarray]]]):
+    """Our and the official scores of images with the given ids, each mask predicted as a car."""
+    records, _, root = dataset(0, len(predictions))
+    outputs = []
+    for record, (ids, masks) in zip(records, predictions, strict=True):
+        (gt,) = root.glob(f"gtFine/val/*/{record['image_id']}_gtFine_instanceIds.png")
+        Image.fromarray(ids.astype(np.uint16)).save(gt)
+        instances = Instances(SIZE)
+        instances.pred_masks = torch.from_numpy(np.array(masks))
+        instances.pred_classes = torch.full((len(masks),), THINGS.index("car"))
+        instances.scores = torch.linspace(0.9, 0.1, len(masks))
+        outputs.append({"instances": instances})
+    with np.errstate(all="raise"):
+        results = evaluate(CityscapesInstanceEvaluator.from_dataset(NAME), records, outputs)
+    expected = instance_level_scores(records, outputs, root)["classes"]["car"]
+    return results["AP-car"], pytest.approx(100 * expected["ap"], rel=1e-12, nan_ok=True)
+
+
+@pytest.mark.parametrize(("width", "expected"), [(10, 100), (9, math.nan)])
+def test_an_instance_is_evaluated_from_100_pixels_on(dataset, width, expected):
+    ids = np.full(SIZE, 7)
+    ids[:10, :width] = 26000
+    empty = ids == 99
+    ours, official = scores_of_instances(dataset, [(ids, [ids == 26000, empty])])
+    assert ours == official
+    assert ours == pytest.approx(expected, nan_ok=True)
+
+
+def test_an_image_may_hold_many_instances(dataset):
+    ids = 26000 + np.arange(SIZE[0] * SIZE[1]).reshape(SIZE) // 10
+    ids[-2:] = 26999
+    ours, official = scores_of_instances(dataset, [(ids, [ids == 26999])])
+    assert ours == official == 100
+
+
+def test_instances_of_several_images_are_told_apart(dataset):
+    ids = np.full(SIZE, 26000)
+    ours, official = scores_of_instances(dataset, [(ids, [ids > 0]), (ids, [ids > 0])])
+    assert ours == official == 100
+
+
+def test_only_categories_of_things_alone_have_iiou():
+    results = CityscapesSemSegEvaluator(
+        stuff_classes=["road", "car", "sky", "bus"],
+        thing_sem_seg_ids=(1, 3),
+        categories=["ground", "mixed", "mixed", "vehicle"],
+        average_areas=(1.0, 1.0),
+    ).evaluate()["sem_seg"]
+    of_categories = [key for key in results if key.startswith("iIoU_sup-")]
+    assert of_categories == ["iIoU_sup-vehicle"]
+
+
 def test_a_class_whose_every_detection_is_ignored_has_ap_0(dataset):
     records, _, root = dataset(0, 1)
     ids = np.full(SIZE, 7, np.uint16)
@@ -313,6 +365,10 @@ def test_faults_are_named(dataset):
         CityscapesSemSegEvaluator.from_dataset(NAME).process(
             records, [{"sem_seg": torch.zeros(19, 9, 9)}]
         )
+    absent = {"id": 77, "category_id": 0, "isthing": True}
+    faulty = [{**records[0], "segments_info": [*records[0]["segments_info"], absent]}]
+    with pytest.raises(UserError, match=r"_panoptic\.png: segments_info has id 77, which no pixel"):
+        CityscapesSemSegEvaluator.from_dataset(NAME).process(faulty, outputs)
     (gt,) = root.glob("gtFine/val/*/*_instanceIds.png")
     Image.new("L", SIZE[::-1]).save(gt)
     with pytest.raises(UserError, match="expected a 16-bit grey PNG of instance ids"):

@@ -11,6 +11,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 import pytest
 import torch
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Boxes, Instances
@@ -226,6 +227,22 @@ def test_processes_order_and_repeats_change_nothing(make, tmp_path, evaluate_in_
         assert repr(results) == repr(expected)  # to the last digit, nan included
 
 
+def test_only_images_that_were_processed_are_evaluated(tmp_path):
+    records, outputs, arguments, truth = in_json(np.random.default_rng(2), tmp_path, 4)
+    results = evaluate(records[:2], outputs[:2], **arguments)
+    ids = [record["image_id"] for record in records[:2]]
+    truth = {key: [x for x in truth[key] if x.get("image_id", x["id"]) in ids] for key in truth}
+    for task, scores in results.items():
+        expected = reference(records[:2], outputs[:2], truth, task)
+        assert scores == pytest.approx(expected, abs=1e-9, nan_ok=True)
+
+
+def test_the_truth_is_in_the_json_where_a_dataset_has_one(shapes_without_json):
+    for name, expected in (("shapes_val", "instances_val.json"), (shapes_without_json, "None")):
+        arguments = InstanceAPEvaluator.dataset_arguments(MetadataCatalog.get(name))
+        assert Path(str(arguments["json_file"])).name == expected
+
+
 def test_image_ids_may_be_strings(tmp_path):
     records, outputs, _, _ = in_pngs(np.random.default_rng(2), tmp_path, 4)
     expected = evaluate(records, outputs)
@@ -251,6 +268,7 @@ def test_one_image_without_predictions_or_truth(tmp_path):
     rng = np.random.default_rng(4)
     records, outputs, _, truth = in_pngs(rng, tmp_path, 3)
     outputs[0] = without_predictions(outputs)[0]
+    outputs[0]["instances"].remove("pred_masks")
     empty = np.zeros(SIZE, int)
     empty[3] = 5
     write_panoptic_png(records[1]["pan_seg_file_name"], empty)
@@ -298,14 +316,20 @@ def test_mistakes_are_named(tmp_path):
         evaluate(records[:1], [{"sem_seg": 0}], **arguments)
     with pytest.raises(UserError, match=r"\.jpg is 40 x 50 pixels .* its image is 41 x 50"):
         evaluate([{**records[0], "height": 41}], outputs[:1], **arguments)
-    wrong = Instances(
-        SIZE,
-        pred_boxes=Boxes(torch.zeros(1, 4)),
-        scores=torch.zeros(1),
-        pred_classes=torch.tensor([3]),
-    )
-    with pytest.raises(UserError, match=r"pred_classes 3\.\.3, but the dataset has 3 thing"):
-        evaluate(records[:1], [{"instances": wrong}], **arguments)
+    for category in (3, -1):
+        wrong = Instances(
+            SIZE,
+            pred_boxes=Boxes(torch.zeros(1, 4)),
+            scores=torch.zeros(1),
+            pred_classes=torch.tensor([category]),
+        )
+        message = rf"pred_classes {category}\.\.{category}, but the dataset has 3 thing"
+        with pytest.raises(UserError, match=message):
+            evaluate(records[:1], [{"instances": wrong}], **arguments)
+    records, outputs, _, _ = in_pngs(np.random.default_rng(8), tmp_path, 1)
+    records[0]["segments_info"].append({"id": 77, "category_id": 0, "isthing": True})
+    with pytest.raises(UserError, match=r"0\.png: segments_info has id 77, which no pixel has"):
+        evaluate(records, outputs)
 
 
 @pytest.mark.parametrize(

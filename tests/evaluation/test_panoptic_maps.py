@@ -23,6 +23,9 @@ def test_a_file_is_read_again_only_when_it_changes(tmp_path):
     write_panoptic_png(path, np.full((2, 3), 8))
     os.utime(path, ns=(0, 0))
     assert (read_ground_truth(path) == 8).all()
+    write_panoptic_png(path, np.arange(600).reshape(20, 30))
+    os.utime(path, ns=(0, 0))
+    assert read_ground_truth(path).shape == (20, 30)
     os.remove(path)
     with pytest.raises(UserError, match=r"a\.png"):
         read_ground_truth(path)

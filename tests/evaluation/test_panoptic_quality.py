@@ -201,6 +201,7 @@ def test_minus_one_is_void_in_predictions():
         ([thing(1), thing(2)], [thing(1), thing(2), thing(5)], r"a\.jpg: .* no pixel has: 5$"),
         ([thing(1), thing(2), thing(2)], [], r"gt\.png: ids .* must .* differ.* 1, 2, 2$"),
         ([thing(0), thing(1), thing(2)], [], r"gt\.png: ids .* must be positive"),
+        ([thing(-1), thing(1), thing(2)], [], r"gt\.png: ids .* must be positive"),
         ([thing(1), {"id": 2, "isthing": True}], [], r"gt\.png: .* has no category_id"),
     ],
 )
@@ -217,9 +218,10 @@ def test_maps_and_lists_that_disagree(gt_segments, pred_segments, message):
 
 
 def test_only_a_few_of_many_unknown_ids_are_named():
-    noise = np.arange(1, 10_001).reshape(100, 100)
-    with pytest.raises(UserError, match=r"lacks: 1, 2, 3, 4, 5, \.\.\.$"):
-        match_segments(noise, [], noise, [])
+    for number, listed in ((5, r"1, 2, 3, 4, 5$"), (10_000, r"1, 2, 3, 4, 5, \.\.\.$")):
+        noise = np.arange(1, number + 1)[None]
+        with pytest.raises(UserError, match=f"lacks: {listed}"):
+            match_segments(noise, [], noise, [])
 
 
 def test_sizes_that_differ_are_named(tmp_path):
@@ -247,6 +249,12 @@ def test_an_output_without_panoptic_seg_is_named(tmp_path):
 def test_a_record_without_panoptic_ground_truth_is_named():
     with pytest.raises(UserError, match=r"1\.jpg: no panoptic ground truth"):
         evaluate([{"file_name": "1.jpg", "image_id": 1}], [output_of(stripes(2), [thing(1)])])
+
+
+def test_ids_may_be_an_array(tmp_path):
+    segments = [thing(1)]
+    record = write_image(tmp_path, 1, stripes(2), segments)
+    assert evaluate([record], [{"panoptic_seg": (stripes(2), segments)}])["PQ"] == 100
 
 
 def random_image(seed: int) -> tuple[np.ndarray, list[dict], np.ndarray, list[dict]]:

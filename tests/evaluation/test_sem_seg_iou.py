@@ -195,6 +195,14 @@ def test_ground_truth_from_panoptic_pngs(tmp_path):
     )
 
 
+def test_many_classes(tmp_path):
+    names = [f"class {i}" for i in range(254)]
+    labels = np.arange(254)[None]
+    record = write_labels(tmp_path / "a.png", labels)
+    results = evaluate([record], [logits_of(labels, 254)], stuff_classes=names)
+    assert results["mIoU"] == results["IoU-class 253"] == 100
+
+
 def test_another_ignore_label(tmp_path):
     gt = np.array([[1, 1, 0, 9]])
     record = write_labels(tmp_path / "a.png", gt)
@@ -261,6 +269,7 @@ def test_from_dataset(tmp_path):
     ("labels", "output", "message"),
     [
         ([[0, 1]], {"sem_seg": torch.zeros(4, 1, 3)}, r"a\.jpg is 1 x 3.*a\.png is 1 x 2"),
+        ([[0, 1]], {"sem_seg": torch.zeros(4, 2, 1)}, r"a\.jpg is 2 x 1.*a\.png is 1 x 2"),
         ([[0, 1]], {"sem_seg": torch.zeros(5, 1, 2)}, r"a\.jpg has 5 .* has 4; set MODEL\.SEM_SEG"),
         ([[0, 1]], {"instances": None}, r"a\.jpg has no sem_seg, only \['instances'\]"),
         ([[0, 4]], {"sem_seg": torch.zeros(4, 1, 2)}, r"a\.png: labels \[4\] are neither"),

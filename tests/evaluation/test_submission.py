@@ -65,13 +65,23 @@ def test_the_official_program_gives_the_same_scores(shapes_predictions, tmp_path
 
 def test_several_processes_and_repeats(shapes_predictions, tmp_path, evaluate_in_processes):
     records, outputs = shapes_predictions
-    parts = [(records[:4], outputs[:4]), (records[3:], outputs[3:])]
+    parts = [(records[3:], outputs[3:]), (records[:4], outputs[:4])]
     evaluate_in_processes(
         lambda: PanopticSubmissionWriter.from_dataset("shapes_val", tmp_path), parts
     )
     content = json.loads((extract(tmp_path) / f"{NAME}.json").read_text())
     ids = [annotation["image_id"] for annotation in content["annotations"]]
     assert ids == sorted(record["image_id"] for record in records)
+
+
+def test_a_dataset_may_name_its_submission(shapes_predictions, tmp_path, monkeypatch):
+    metadata = MetadataCatalog.get("shapes_val")
+    monkeypatch.setitem(metadata.__dict__, "submission_name", "shapes_panoptic_test")
+    writer = PanopticSubmissionWriter.from_dataset("shapes_val", tmp_path)
+    writer.process(*shapes_predictions)
+    writer.evaluate()
+    names = sorted(path.name for path in extract(tmp_path).iterdir())
+    assert names == ["shapes_panoptic_test", "shapes_panoptic_test.json"]
 
 
 def output_of(ids: list[list[int]], segments: list[dict]) -> dict:
