@@ -98,6 +98,17 @@ def test_a_sound_dataset_has_none(shapes):
     assert report.statistics.images == 6
 
 
+def test_segments_without_an_id_are_faults_of_the_json_only(tmp_path):
+    data = TinyDataset(tmp_path / "data")
+    data.annotation(1)["segments_info"] += [{"category_id": 7}, {"id": 0, "category_id": 7}]
+    data.write()
+    faults = check_panoptic_dataset(**data.paths()).faults
+    assert [(fault.kind, fault.segment_id) for fault in faults] == [
+        ("missing-field", None),
+        ("wrong-value", 0),
+    ]
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**31))
 def test_segment_boxes_equal_a_loop(seed):
