@@ -1,5 +1,6 @@
 """Resizing in one pass against Detectron2's two steps at full resolution."""
 
+import sys
 from unittest import mock
 
 import pytest
@@ -184,3 +185,22 @@ def test_logits_in_half_precision_are_resized_in_full(dtype):
     assert_close(values, exact.to(dtype))
     assert torch.equal(labels, exact_labels)
     assert torch.equal(upsampled_labels(logits, **arguments), exact_labels)
+
+
+@pytest.mark.parametrize("fault", ["missing", "wrong", None])
+def test_kernels_are_taken_only_where_they_work(monkeypatch, caplog, fault):
+    """As if the CPU were a GPU."""
+    kernels = pytest.importorskip("panoptic_fpn_ext.layers.kernels")
+    resizing._tried_kernels.cache_clear()
+    if fault == "missing":
+        monkeypatch.setitem(sys.modules, "panoptic_fpn_ext.layers.kernels", None)
+        monkeypatch.delattr("panoptic_fpn_ext.layers.kernels")
+    elif fault == "wrong":
+        monkeypatch.setattr(
+            kernels.UpsampledCrossEntropy, "apply", lambda logits, *args: logits.sum()
+        )
+    for _ in range(2):
+        found = resizing._tried_kernels(torch.device("cpu"))
+        assert found is (None if fault else kernels)
+    assert caplog.text.count("Triton kernels do not work on cpu") == bool(fault)
+    resizing._tried_kernels.cache_clear()
