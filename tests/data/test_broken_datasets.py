@@ -128,6 +128,7 @@ CASES: dict[str, tuple[Break, str]] = {
     ),
     "id 0": (change_segment(id=0), r"image 1: segment 0: .*id is 0, expected an integer from 1"),
     "id in words": (change_segment(id="300"), r"image 1: segment 300: .*id is '300', expected"),
+    "id that is true": (change_segment(id=True), r"image 1: .*id is True, expected an integer"),
     "id beyond 24 bits": (change_segment(id=2**24), r"segment 16777216: .*expected .*16777215"),
     "duplicate segment ids": (change_segment(id=PERSON), r"segment 70000: two segments have"),
     "crowd neither 0 nor 1": (change_segment(iscrowd=2), r"segment 300: .*iscrowd is 2, expected"),
@@ -182,6 +183,10 @@ CASES_OF_INSTANCES: dict[str, tuple[Break, str]] = {
     "box of three numbers": (
         lambda d: d.instances["annotations"][0].update(bbox=[1, 2, 3]),
         r"instances\.json: image 1: annotations\[0\]: bbox is \[1, 2, 3\], expected \[x, y, w, h\]",
+    ),
+    "box that is not finite": (
+        lambda d: d.instances["annotations"][0].update(bbox=[0, 0, float("inf"), 1]),
+        r"instances\.json: image 1: annotations\[0\]: bbox is \[0, 0, inf, 1\], expected \[x, y",
     ),
     "instance of an unknown image": (
         lambda d: d.instances["annotations"][0].update(image_id=50),
@@ -308,6 +313,14 @@ def text_ids(data: TinyDataset) -> None:
         entry["image_id"] = f"image_{entry['image_id']}"
 
 
+def at_the_limits(data: TinyDataset) -> None:
+    ids = read_panoptic_png(data.png(1))
+    write_panoptic_png(data.png(1), np.where(ids == CAR, 2**24 - 1, ids))
+    data.segment(1, CAR)["id"] = 2**24 - 1
+    more = ({"id": 10 + k, "name": f"{k}", "isthing": k % 2} for k in range(254 - len(CATEGORIES)))
+    data.panoptic["categories"] = [*CATEGORIES, *more]
+
+
 def a_part_of_the_images(data: TinyDataset) -> None:
     data.instances["images"] = [*data.panoptic["images"], {"id": 3, "height": 1, "width": 1}]
     extra = {"image_id": 3, "category_id": 7, "bbox": [0, 0, 1, 1], "segmentation": []}
@@ -324,6 +337,7 @@ def a_part_of_the_images(data: TinyDataset) -> None:
         rgba,
         all_void,
         text_ids,
+        at_the_limits,
         a_part_of_the_images,
     ],
 )
