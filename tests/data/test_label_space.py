@@ -15,7 +15,7 @@ from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from PIL import Image
 
 from panoptic_fpn_ext import PanopticFPNMapper, add_panoptic_fpn_config
-from panoptic_fpn_ext.data.label_space import thing_sem_seg_ids
+from panoptic_fpn_ext.data.label_space import thing_sem_seg_ids, with_isthing
 
 from .tiny_dataset import CAR, CROWD, PERSON, SKY, TinyDataset
 
@@ -62,6 +62,11 @@ def test_own_datasets(tmp_path, label_space):
 )
 def test_other_metadata(metadata, expected):
     assert thing_sem_seg_ids(Metadata(name="other", **metadata)) == expected
+
+
+def test_what_a_segment_says_of_itself_stands():
+    segments = [{"category_id": 1, "isthing": False}, {"category_id": 1}, {"category_id": 2}]
+    assert [s["isthing"] for s in with_isthing(segments, {1: 0})] == [False, True, False]
 
 
 @pytest.fixture
