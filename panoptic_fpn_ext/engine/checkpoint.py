@@ -1,7 +1,6 @@
 """Loading checkpoints that may be another model's: what does not fit is said, not skipped."""
 
 import os
-import pickle
 import re
 from typing import Any
 
@@ -72,8 +71,10 @@ class PanopticFPNCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
-            return super()._load_file(filename)
-        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+            content = super()._load_file(filename)
+            self._convert_ndarray_to_tensor(content["model"])  # raises if there are other things
+            return content
+        except Exception as error:  # unpickling raises whatever it likes on other files
             reason = str(error).strip().partition("\n")[0]
             raise UserError(
                 f"{self._path}: not a checkpoint, or damaged ({reason}); copy it again"

@@ -1,10 +1,14 @@
 """Checkpoints that do not fit the model."""
 
+import copy
 import logging
+import pickle
 
 import pytest
 import torch
 from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathHandler
+from torch import nn
 
 from panoptic_fpn_ext import UserError
 from panoptic_fpn_ext.engine.checkpoint import PanopticFPNCheckpointer
@@ -41,10 +45,24 @@ def test_evaluating_with_other_classes_is_an_error(ext_cfg, checkpoint, counts, 
     assert "\n" not in str(error.value)
 
 
+def test_heads_of_a_cascade_count_classes_too(ext_cfg, tmp_path):
+    ext_cfg.MODEL.ROI_HEADS.NAME = "CascadeROIHeads"
+    ext_cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = True
+    PanopticFPNCheckpointer(build_model(ext_cfg), str(tmp_path)).save("trained")
+    with pytest.raises(
+        UserError, match=r"box_predictor\.0\.cls_score\.weight is for 3 thing class"
+    ):
+        PanopticFPNCheckpointer(other_classes(ext_cfg), complete=True).load(
+            str(tmp_path / "trained.pth")
+        )
+
+
 def test_fine_tuning_with_other_classes_is_a_warning(ext_cfg, checkpoint, caplog):
     model = other_classes(ext_cfg, 5, 7)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with caplog.at_level(logging.WARNING):
-        PanopticFPNCheckpointer(model).resume_or_load(checkpoint, resume=False)
+        checkpointer = PanopticFPNCheckpointer(model, optimizer=optimizer)
+        checkpointer.resume_or_load(checkpoint, resume=False)
     warnings = [w for w in caplog.messages if "trained from scratch" in w]
     assert len(warnings) == 2
     assert any("cls_score" in w and " 3 " in w and " 5 " in w for w in warnings)
@@ -61,22 +79,37 @@ def test_resuming_with_other_classes_is_an_error(ext_cfg, tmp_path, checkpoint):
         checkpointer.resume_or_load("", resume=True)
 
 
-def test_other_shapes_and_missing_parameters_are_errors_in_evaluation(
-    ext_cfg, tmp_path, checkpoint
-):
+def test_other_shapes_are_errors_in_evaluation(ext_cfg, checkpoint):
+    ext_cfg.MODEL.SEM_SEG_HEAD.CONVS_DIM = 64
+    name = r"sem_seg_head\.p2\.0\.weight"
+    checkpointer = PanopticFPNCheckpointer(build_model(ext_cfg), complete=True)
+    with pytest.raises(
+        UserError, match=rf"trained\.pth: {name} has shape \[32, 32, 3, 3\], but \["
+    ):
+        checkpointer.load(checkpoint)
+
+
+@pytest.mark.parametrize("backbone_suffices", [False, True])
+def test_missing_parameters_are_errors_in_evaluation(ext_cfg, checkpoint, backbone_suffices):
     content = torch.load(checkpoint)
     name = "sem_seg_head.p2.0.weight"
-    right = content["model"].pop(name)
-    torch.save(content, tmp_path / "lacking.pth")
-    checkpointer = PanopticFPNCheckpointer(build_model(ext_cfg), complete=True)
-    with pytest.raises(UserError, match=rf"lacking\.pth: lacks 1 of the model's \d+ .*{name}"):
-        checkpointer.load(str(tmp_path / "lacking.pth"))
-    content = torch.load(checkpoint)
-    content["model"][name] = right[:, :3]
-    torch.save(content, tmp_path / "other.pth")
-    checkpointer = PanopticFPNCheckpointer(build_model(ext_cfg), complete=True)
-    with pytest.raises(UserError, match=rf"other\.pth: {name} has shape \[\d+, 3, 3, 3\], but \["):
-        checkpointer.load(str(tmp_path / "other.pth"))
+    del content["model"][name]
+    torch.save(content, checkpoint)
+    checkpointer = PanopticFPNCheckpointer(
+        build_model(ext_cfg), complete=True, backbone_suffices=backbone_suffices
+    )
+    with pytest.raises(UserError, match=rf"trained\.pth: lacks 1 of the model's \d+ .*{name}"):
+        checkpointer.load(checkpoint)
+
+
+def test_what_a_checkpoint_may_lack(tmp_path):
+    """Buffers, which have their initial values, and further names of the same parameter."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    model.append(model[0])
+    weights = model.state_dict()
+    lacking = {name: weights[name] for name in ("0.weight", "0.bias", "1.weight", "1.bias")}
+    torch.save({"model": lacking}, tmp_path / "lacking.pth")
+    PanopticFPNCheckpointer(model, complete=True).load(str(tmp_path / "lacking.pth"))
 
 
 def test_a_whole_checkpoint_of_the_model_loads(ext_cfg, detectron2_cfg, checkpoint):
@@ -87,13 +120,46 @@ def test_a_whole_checkpoint_of_the_model_loads(ext_cfg, detectron2_cfg, checkpoi
             assert torch.equal(model.state_dict()[name], value)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 cut off"])
-def test_damaged_files_are_one_line(ext_cfg, tmp_path, content):
-    path = tmp_path / "damaged.pth"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"damaged\.pth: not a checkpoint, or damaged") as error:
-        PanopticFPNCheckpointer(build_model(ext_cfg)).load(str(path))
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"not a checkpoint", b"PK\x03\x04 cut off", b"\x80\x35 cut off", b"\x80\x02h\x05."),
+        *([1], {"model": 3}, {"model": {"name": "text"}}, {"info": {}}, nn.Linear(1, 1)),
+    ],
+)
+@pytest.mark.parametrize("extension", ["pth", "pkl"])
+def test_other_and_damaged_files_are_one_line(ext_cfg, tmp_path, content, extension):
+    path = tmp_path / f"other.{extension}"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif extension == "pth":
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content))
+    with pytest.raises(UserError, match=r"other\.p.*: not a checkpoint, or damaged") as error:
+        PanopticFPNCheckpointer(nn.Linear(1, 1)).load(str(path))
     assert "\n" not in str(error.value)
+
+
+def test_files_elsewhere_and_none_at_all(ext_cfg, checkpoint):
+    class Handler(PathHandler):
+        def _get_supported_prefixes(self):
+            return ["elsewhere://"]
+
+        def _get_local_path(self, path, **kwargs):
+            return checkpoint
+
+    model = build_model(ext_cfg)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    checkpointer = PanopticFPNCheckpointer(model)
+    assert checkpointer.load("") == {}
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    checkpointer.path_manager = copy.copy(checkpointer.path_manager)
+    checkpointer.path_manager.register_handler(Handler())
+    checkpointer.load("elsewhere://trained.pth")
+    for name, value in torch.load(checkpoint)["model"].items():
+        assert torch.equal(model.state_dict()[name], value)
 
 
 def test_a_missing_file_is_one_line(ext_cfg, tmp_path):
@@ -102,12 +168,13 @@ def test_a_missing_file_is_one_line(ext_cfg, tmp_path):
         PanopticFPNCheckpointer(build_model(ext_cfg)).resume_or_load(path, resume=False)
 
 
+@pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize("complete", [False, True])
-def test_a_backbone_suffices_only_where_it_may(ext_cfg, tmp_path, checkpoint, complete):
+def test_a_backbone_suffices_only_where_it_may(ext_cfg, tmp_path, checkpoint, complete, prefix):
     weights = torch.load(checkpoint)["model"]
     path = str(tmp_path / "backbone.pth")
     backbone = {name: value for name, value in weights.items() if name.startswith("backbone.")}
-    torch.save({"model": backbone}, path)
+    torch.save({"model": {f"{prefix}{name}": value for name, value in backbone.items()}}, path)
     model = build_model(ext_cfg)
     PanopticFPNCheckpointer(model, complete=complete, backbone_suffices=True).load(path)
     for name, value in backbone.items():
@@ -122,3 +189,19 @@ def test_a_backbone_suffices_only_where_it_may(ext_cfg, tmp_path, checkpoint, co
             checkpointer.load(path)
     else:
         checkpointer.load(path)
+
+
+def test_a_backbone_of_imagenet_suffices(ext_cfg, tmp_path, checkpoint):
+    prefix = "backbone.bottom_up."
+    weights = {
+        name.removeprefix(prefix): value.numpy()
+        for name, value in torch.load(checkpoint)["model"].items()
+        if name.startswith(prefix)
+    }
+    content = {"model": weights, "__author__": "a converter", "matching_heuristics": True}
+    path = tmp_path / "imagenet.pkl"
+    path.write_bytes(pickle.dumps(content))
+    model = build_model(ext_cfg)
+    PanopticFPNCheckpointer(model, complete=True, backbone_suffices=True).load(str(path))
+    for name, value in weights.items():
+        assert torch.equal(model.state_dict()[prefix + name], torch.from_numpy(value))
