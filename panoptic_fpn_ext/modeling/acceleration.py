@@ -15,7 +15,7 @@ from torch import nn
 from ..errors import UserError
 from ..layers.convolution import FastConv2d, FastConvNorm2d, has_winograd
 from ..layers.roi_align import ParallelROIAlign
-from ..layers.stand_in import StandIn, is_eager
+from ..layers.stand_in import StandIn, is_eager_on_cpu
 
 PRECISIONS = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -32,7 +32,7 @@ class LeanMaskHead(StandIn, MaskRCNNConvUpsampleHead):
     def layers(self, x: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) features to (N, num_classes, 2H, 2W) logits."""
         if not torch.jit.is_scripting():
-            if self.training or x.is_cuda or not is_eager(x):
+            if self.training or not is_eager_on_cpu(x):
                 return super().layers(x)
             plain = super().layers
             return torch.cat([plain(part) for part in x.split(MAX_MASKS)])

@@ -82,7 +82,7 @@ def merge_panoptic(
 
     free = panoptic_seg == 0
     # Class k as k + 1, 0 where an instance is. Counted without weights: deterministic on GPUs.
-    stuff = torch.where(free, sem_seg + 1, 0)
+    stuff = (sem_seg + 1).mul_(free)
     areas = torch.bincount(stuff.flatten()).tolist()
     segment_of_class = panoptic_seg.new_zeros(len(areas))
     for category, area in enumerate(areas[1:]):

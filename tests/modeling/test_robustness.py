@@ -115,20 +115,11 @@ def run(model: nn.Module, batch: Batch) -> list[dict[str, Any]]:
 
 
 def ours(batch: Batch, thresholds: dict[str, float], outputs=OUTPUTS) -> list[dict[str, Any]]:
-    postprocess = PanopticPostprocessor(outputs=outputs, **thresholds)
-    return run(PanopticFPNExt(**network(batch), postprocess=postprocess), batch)
+    return run(PanopticFPNExt(**network(batch), outputs=outputs, **thresholds), batch)
 
 
 def plain(batch: Batch, thresholds: dict[str, float]) -> list[dict[str, Any]]:
-    return run(
-        PanopticFPN(
-            **network(batch),
-            combine_overlap_thresh=thresholds["overlap_threshold"],
-            combine_stuff_area_thresh=thresholds["stuff_area_thresh"],
-            combine_instances_score_thresh=thresholds["instances_score_thresh"],
-        ),
-        batch,
-    )
+    return run(PanopticFPN(**network(batch), **thresholds), batch)
 
 
 def padded(image_sizes: list[tuple[int, int]]) -> list[int]:
@@ -227,9 +218,9 @@ def assert_equals_plain(
         panoptic_seg, segments_info = combine_semantic_and_instance_outputs(
             instances,
             labels,
-            thresholds["overlap_threshold"],
-            thresholds["stuff_area_thresh"],
-            thresholds["instances_score_thresh"],
+            thresholds["combine_overlap_thresh"],
+            thresholds["combine_stuff_area_thresh"],
+            thresholds["combine_instances_score_thresh"],
         )
         assert mine["panoptic_seg"][1] == segments_info
         assert torch.equal(mine["panoptic_seg"][0], panoptic_seg)
@@ -255,13 +246,17 @@ image_sizes = st.tuples(lengths, lengths)
 image_and_output_sizes = st.tuples(image_sizes, st.none() | image_sizes)
 thresholds = st.fixed_dictionaries(
     {
-        "overlap_threshold": st.sampled_from([0.0, 0.3, 0.5, 0.8]),
-        "stuff_area_thresh": st.sampled_from([1, 30, 10_000]),
-        "instances_score_thresh": st.sampled_from([0.0, 0.3, 0.7, 1.1]),
+        "combine_overlap_thresh": st.sampled_from([0.0, 0.3, 0.5, 0.8]),
+        "combine_stuff_area_thresh": st.sampled_from([1, 30, 10_000]),
+        "combine_instances_score_thresh": st.sampled_from([0.0, 0.3, 0.7, 1.1]),
     }
 )
 seeds = st.integers(0, 2**31)
-THRESHOLDS = {"overlap_threshold": 0.5, "stuff_area_thresh": 16, "instances_score_thresh": 0.3}
+THRESHOLDS = {
+    "combine_overlap_thresh": 0.5,
+    "combine_stuff_area_thresh": 16,
+    "combine_instances_score_thresh": 0.3,
+}
 LINES = [((1, 60), (1, 90)), ((60, 1), (33, 1)), ((1, 1), (1, 1)), ((40, 50), (1, 64))]
 
 
@@ -274,7 +269,9 @@ LINES = [((1, 60), (1, 90)), ((60, 1), (33, 1)), ((1, 1), (1, 1)), ((40, 50), (1
 @example(seed=0, images=[(0, ((40, 50), None))], thresholds=THRESHOLDS)
 @example(seed=1, images=[(8, sizes) for sizes in LINES], thresholds=THRESHOLDS)
 @example(
-    seed=2, images=[(8, ((64, 32), None))], thresholds={**THRESHOLDS, "instances_score_thresh": 1.1}
+    seed=2,
+    images=[(8, ((64, 32), None))],
+    thresholds={**THRESHOLDS, "combine_instances_score_thresh": 1.1},
 )
 def test_a_batch_equals_detectron2s(seed, images, thresholds):
     counts, sizes = zip(*images, strict=True)
