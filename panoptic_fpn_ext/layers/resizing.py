@@ -101,7 +101,7 @@ def _row_blocks(
     next."""
     height, width = size
     num_classes, num_rows, num_columns = logits.shape
-    logits = logits.float()  # half precision is no place for products
+    dtype, logits = logits.dtype, logits.float()  # half precision is no place for products
     block_size = max(BLOCK, BLOCK_VALUES // (width * num_classes))
     row_blocks = _blocks(num_rows, stride, image_size[0], height, block_size)
     column_blocks = _blocks(num_columns, stride, image_size[1], width, block_size)
@@ -126,7 +126,10 @@ def _row_blocks(
             columns = columns.view(num_classes, last - first, width)
         rows = rows_buffer[:, : len(block.weights)]
         inputs = columns[:, block.input.start - first : block.input.stop - first]
-        yield block.output, torch.bmm(block.weights.expand(num_classes, -1, -1), inputs, out=rows)
+        torch.bmm(block.weights.expand(num_classes, -1, -1), inputs, out=rows)
+        if dtype != torch.float32:  # labels are those of the logits that are returned
+            rows.copy_(rows.to(dtype))
+        yield block.output, rows
 
 
 @functools.lru_cache(maxsize=256)  # they are small

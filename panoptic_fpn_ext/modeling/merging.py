@@ -80,9 +80,8 @@ def merge_panoptic(
                 }
             )
 
-    free = panoptic_seg == 0
     # Class k as k + 1, 0 where an instance is. Counted without weights: deterministic on GPUs.
-    stuff = (sem_seg + 1).mul_(free)
+    stuff = (sem_seg + 1).masked_fill_(panoptic_seg > 0, 0)
     areas = torch.bincount(stuff.flatten()).tolist()
     segment_of_class = panoptic_seg.new_zeros(len(areas))
     for category, area in enumerate(areas[1:]):
@@ -97,7 +96,7 @@ def merge_panoptic(
             }
         )
         segment_of_class[category + 1] = len(segments_info)
-    return torch.where(free, segment_of_class[stuff], panoptic_seg), segments_info
+    return panoptic_seg.add_(segment_of_class[stuff]), segments_info
 
 
 def _window(

@@ -24,7 +24,7 @@ from torch.testing import assert_close
 
 from panoptic_fpn_ext.modeling import SemanticFPNHead
 from panoptic_fpn_ext.modeling.meta_arch.panoptic_fpn import PanopticFPNExt
-from panoptic_fpn_ext.modeling.postprocessing import PanopticPostprocessor
+from panoptic_fpn_ext.modeling.postprocessing import PanopticPostprocessor  # noqa: F401  (below)
 
 from ..conftest import REPOSITORY
 
