@@ -63,6 +63,7 @@ def test_cityscapes_has_its_train_ids_without_any_file(name):
     assert metadata.stuff_colors == [list(trainId2label[i].color) for i in range(19)]
     assert metadata.thing_classes == metadata.stuff_classes[11:]
     assert metadata.thing_sem_seg_ids == tuple(range(11, 19))
+    assert metadata.submission_name == f"cityscapes_panoptic_{name.rpartition('_')[2]}"
     assert list(metadata.thing_dataset_id_to_contiguous_id) == [24, 25, 26, 27, 28, 31, 32, 33]
 
 
