@@ -160,12 +160,12 @@ class PanopticFPNExt(GeneralizedRCNN):
         tasks = self._tasks_of_iteration()
         losses = {}
         if "semantic" in tasks:
-            maps = [x["sem_seg"].to(self.device) for x in batched_inputs]
+            maps = [x.to(self.device) for x in _targets(batched_inputs, "sem_seg")]
             sem_seg = padded(maps, self.backbone, self.sem_seg_head.ignore_value).tensor
             losses.update(self.sem_seg_head(self._features_for("semantic", features), sem_seg)[1])
         if "instance" in tasks:
             features = self._features_for("instance", features)
-            instances = [x["instances"].to(self.device) for x in batched_inputs]
+            instances = [x.to(self.device) for x in _targets(batched_inputs, "instances")]
             proposals, proposal_losses = self.proposal_generator(images, features, instances)
             if self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0:
                 self.visualize_training(batched_inputs, proposals)
@@ -222,3 +222,18 @@ class PanopticFPNExt(GeneralizedRCNN):
             return features
         group = 0 if task == "instance" else -1
         return {k: v.chunk(self.feature_groups, dim=1)[group] for k, v in features.items()}
+
+
+def _targets(batched_inputs: list[dict[str, Any]], name: str) -> list[Any]:
+    """The ground truth of each image.
+
+    Raises:
+        UserError: an image has none.
+    """
+    for record in batched_inputs:
+        if name not in record:
+            raise UserError(
+                f"{record.get('file_name', 'an image')}: no {name!r} to train on; map records with "
+                "PanopticFPNMapper, or with Detectron2's mapper where they have annotations"
+            )
+    return [record[name] for record in batched_inputs]

@@ -167,3 +167,22 @@ def test_a_bad_value_is_an_error_that_names_the_key(full_cfg, change, message):
     full_cfg.merge_from_list(list(change))
     with pytest.raises(UserError, match=message):
         build_model(full_cfg)
+
+
+@pytest.mark.parametrize("name", ["instances", "sem_seg"])
+def test_images_without_ground_truth_are_an_error_that_names_them(full_cfg, training_batch, name):
+    del training_batch[1][name]
+    training_batch[1]["file_name"] = "beach.jpg"
+    with pytest.raises(UserError, match=rf"beach\.jpg: no '{name}' to train on"):
+        losses_of(build_model(full_cfg), training_batch)
+
+
+def test_training_is_drawn_every_so_often(full_cfg, training_batch, monkeypatch):
+    full_cfg.VIS_PERIOD = 2
+    model = build_model(full_cfg).train()
+    drawn = []
+    monkeypatch.setattr(model, "visualize_training", lambda *args: drawn.append(args))
+    for iteration in range(4):
+        with EventStorage(iteration):
+            model(training_batch)
+    assert len(drawn) == 2
