@@ -107,7 +107,7 @@ def test_what_a_checkpoint_may_lack(tmp_path):
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     model.append(model[0])
     weights = model.state_dict()
-    lacking = {name: weights[name] for name in ("0.weight", "0.bias", "1.weight", "1.bias")}
+    lacking = {name: weights[name] for name in ("1.weight", "1.bias", "2.weight", "2.bias")}
     torch.save({"model": lacking}, tmp_path / "lacking.pth")
     PanopticFPNCheckpointer(model, complete=True).load(str(tmp_path / "lacking.pth"))
 

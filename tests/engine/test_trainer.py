@@ -1,5 +1,6 @@
 """The trainer: its optimizers, its data, what it saves."""
 
+import json
 import logging
 from collections import Counter
 from itertools import islice
@@ -8,10 +9,11 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import DefaultTrainer
 from torch import nn
 
 from panoptic_fpn_ext import PanopticFPNMapper, UserError, add_panoptic_fpn_config
-from panoptic_fpn_ext.engine import Trainer
+from panoptic_fpn_ext.engine import Trainer, trainer
 
 from ..data.tiny_dataset import TinyDataset
 
@@ -172,16 +174,16 @@ def training_cfg(shapes, ext_cfg, tmp_path, caplog):
 
 def test_a_training_is_resumed_but_not_with_other_classes(training_cfg, tmp_path):
     Trainer(training_cfg).train()
-    trainer = Trainer(training_cfg)
-    trainer.resume_or_load(resume=True)
-    assert trainer.start_iter == 1
+    resumed = Trainer(training_cfg)
+    resumed.resume_or_load(resume=True)
+    assert resumed.start_iter == 1
     cfg = training_cfg
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 2
     with TinyDataset(tmp_path / "tiny").registered() as name:
         cfg.DATASETS.TRAIN = (name,)
-        trainer = Trainer(cfg)
+        other = Trainer(cfg)
         with pytest.raises(UserError, match=r"model_final\.pth: .* is for 5 thing classes, but"):
-            trainer.resume_or_load(resume=True)
+            other.resume_or_load(resume=True)
 
 
 @pytest.mark.parametrize("instances", [False, True])
@@ -253,3 +255,38 @@ def test_images_without_things_are_filtered_where_they_are_repeated(
         batches = [batch for (batch,) in islice(Trainer.build_train_loader(cfg), 4)]
     assert {record["image_id"] for record in batches} == {1, 3, *({} if filtered else {2})}
     assert {len(record["instances"]) for record in batches} == {2, *({} if filtered else {0})}
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_scores_are_written_as_json_by_one_process(training_cfg, tmp_path, monkeypatch, is_main):
+    results = {"panoptic_seg": {"PQ": 12.5, "PQ-cat": float("nan")}}
+    monkeypatch.setattr(DefaultTrainer, "test", lambda *args: results)
+    monkeypatch.setattr("detectron2.utils.comm.is_main_process", lambda: is_main)
+    assert Trainer.test(training_cfg, small_model()) == results
+    path = tmp_path / "inference" / "metrics.json"
+    assert path.exists() == is_main
+    if is_main:
+        expected = {"panoptic_seg/PQ": 12.5, "panoptic_seg/PQ-cat": None}
+        assert json.loads(path.read_text()) == expected
+
+
+@pytest.mark.parametrize("names", [("shapes_val",), ("shapes_val", "shapes_train")])
+def test_each_of_several_datasets_has_a_folder(training_cfg, tmp_path, monkeypatch, names):
+    folders = []
+    monkeypatch.setattr(
+        trainer, "build_evaluator", lambda cfg, name, folder: folders.append(folder)
+    )
+    training_cfg.DATASETS.TEST = names
+    for name in names:
+        Trainer.build_evaluator(training_cfg, name)
+    inference = tmp_path / "inference"
+    assert folders == [str(inference / n if len(names) > 1 else inference) for n in names]
+
+
+def test_images_are_evaluated_as_they_are(training_cfg):
+    training_cfg.INPUT.MIN_SIZE_TEST = 32
+    loader = Trainer.build_test_loader(training_cfg, "shapes_val")
+    (record,) = next(iter(loader))
+    assert record["image"].shape == (3, 32, 32)
+    assert not {"instances", "sem_seg"} & record.keys()
+    assert len(loader) == 6
