@@ -161,5 +161,6 @@ def live_with_each_norm(*args) -> None:
         live(norm, torch.float64, *args)
 
 
+@pytest.mark.slow
 def test_in_two_processes(detectron2_cfg, ext_cfg, training_batch, tmp_path):
     launch(live_with_each_norm, 2, args=(detectron2_cfg, ext_cfg, training_batch, tmp_path))

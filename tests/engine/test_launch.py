@@ -43,6 +43,7 @@ def report(folder: Path) -> None:
         raise UserError("of rank 3")
 
 
+@pytest.mark.slow
 def test_two_machines_of_two_processes(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     with socket.socket() as free:
