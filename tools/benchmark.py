@@ -6,6 +6,7 @@
     python tools/benchmark.py inference --growth --rounds 3
     python tools/benchmark.py training --images 2
     python tools/benchmark.py acceleration
+    python tools/benchmark.py launches
     python tools/benchmark.py evaluation --sizes 1024x2048
     python tools/benchmark.py eval-only --config-file configs/quickstart.yaml \\
         --opts MODEL.WEIGHTS output/quickstart/model_final.pth
@@ -30,6 +31,7 @@ from benchmark_eval_only import eval_only
 from benchmark_evaluation import evaluation
 from benchmark_frame import environment, report, use_cores
 from benchmark_inference import DETECTIONS, DTYPES, OUTPUT_CHOICES, inference
+from benchmark_launches import launches
 from benchmark_models import DEPTHS, SETTINGS, Setting
 from benchmark_training import training
 
@@ -144,6 +146,21 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(run=acceleration)
 
     command = subcommands.add_parser(
+        "launches", help="how many operators a step and an image take, and how often they wait"
+    )
+    command.add_argument("--device", type=device, default="cpu", help="cpu (default) or cuda")
+    command.add_argument("--threads", type=positive, help="default: all cores")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    command.add_argument(
+        "--opts",
+        nargs="+",
+        default=[],
+        metavar="KEY VALUE",
+        help="config keys of our model, and their values",
+    )
+    command.set_defaults(count=launches)
+
+    command = subcommands.add_parser(
         "training", parents=[common, models], help="a training step, and the data path"
     )
     command.add_argument(
@@ -181,6 +198,8 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     args = parser().parse_args()
     use_cores(args.threads)
+    if "count" in args:
+        return args.count(args)
     settings = environment(args.device)
     names = ("backbone", "precision", "detectron2_precision", "opts", "rounds", "images")
     settings |= {name: getattr(args, name) for name in names if getattr(args, name, None)}

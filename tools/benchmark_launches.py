@@ -7,15 +7,15 @@ they are counted with all switched off that is for CPUs alone.
 import argparse
 import contextlib
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import torch
+from benchmark_frame import environment
 from benchmark_inference import OUTPUT_CHOICES
-from benchmark_models import SETTINGS, Batch, Scene, build_both, config
+from benchmark_models import SETTINGS, Batch, Scene, agreement, agrees, build_both, config
 from detectron2.solver import build_optimizer
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
@@ -125,10 +125,12 @@ def training(models: dict[str, nn.Module], cfgs: dict[str, Any], device: torch.d
     return counts
 
 
-def inference(models: dict[str, nn.Module], number: int, device: torch.device) -> dict:
-    """Operators of an image with ``number`` detections, by stage."""
+def inference(
+    models: dict[str, nn.Module], number: int, device: torch.device
+) -> tuple[dict[str, Counting], bool]:
+    """Operators of an image with ``number`` detections, by stage; whether the answers agree."""
     batch = Batch(SETTINGS["coco"], max(number, 1), device, 1)
-    counts = {}
+    counts, answers = {}, []
     for name, model in models.items():
         model.eval()
         counting = Counting()
@@ -140,9 +142,11 @@ def inference(models: dict[str, nn.Module], number: int, device: torch.device) -
                 stack.enter_context(as_on_a_gpu(device))
                 stack.enter_context(torch.no_grad())
                 stack.enter_context(context)
-                model(batch.inputs)
+                answer = model(batch.inputs)
         counts[name] = counting
-    return counts
+        answers.append(answer)
+    same = not number or agrees(agreement(*answers), exact=True)
+    return counts, same
 
 
 class _Stages:
@@ -156,43 +160,51 @@ class _Stages:
 
 
 def launches(args: argparse.Namespace) -> int:
-    """Print, and write as JSON, the counts of both models."""
+    """Print, and write as JSON, the counts of both models.
+
+    Returns:
+        The exit status: 1 if the answers differ.
+    """
     cfg = config(SETTINGS["coco"], depth=50, device=args.device)
     detectron2, ours, our_cfg = build_both(cfg, args.opts)
     models = {"ours": ours, "detectron2": detectron2}
     our_cfg.MODEL.PANOPTIC_FPN.OUTPUTS = OUTPUT_CHOICES["panoptic_seg"]
     ours.postprocess = PanopticPostprocessor(our_cfg)
-    found = {
-        "training": training(models, {"ours": our_cfg, "detectron2": cfg}, args.device),
-        **{f"inference, {n} detections": inference(models, n, args.device) for n in DETECTIONS},
-    }
+    found = {"training": training(models, {"ours": our_cfg, "detectron2": cfg}, args.device)}
+    same_answer = True
+    for number in DETECTIONS:
+        found[f"inference, {number} detections"], same = inference(models, number, args.device)
+        same_answer &= same
     rows, totals = [], {}
     for what, counts in found.items():
-        stages = dict.fromkeys([s for c in counts.values() for s in c.operators])
+        stages = dict.fromkeys(stage for c in counts.values() for stage in c.operators)
         for kind in ("operators", "waits"):
             numbers = {name: getattr(c, kind) for name, c in counts.items()}
-            totals[what, kind] = {name: sum(n.values()) for name, n in numbers.items()}
+            total = {name: sum(n.values()) for name, n in numbers.items()}
+            totals[what, kind] = total
             for stage in stages:
-                of_stage = {name: n[stage] for name, n in numbers.items()}
-                if any(of_stage.values()):
-                    rows.append((what, stage, kind, *of_stage.values(), ""))
-            total = totals[what, kind]
-            ratio = f"{total['ours'] / max(1, total['detectron2']):.2f}"
-            rows.append((what, "whole", kind, *total.values(), ratio))
+                if any(n[stage] for n in numbers.values()):
+                    rows.append([what, stage, kind, *(n[stage] for n in numbers.values())])
+            rows.append([what, "whole", kind, *total.values()])
+    ratios = [f"{row[3] / row[4]:.2f}" if row[1] == "whole" and row[4] else "" for row in rows]
     headers = ["", "stage", "", "ours", "Detectron2", "ours / Detectron2"]
-    print(tabulate(rows, headers=headers, tablefmt="pipe"))
+    table = [[*row, ratio] for row, ratio in zip(rows, ratios, strict=True)]
+    print(tabulate(table, headers=headers, tablefmt="pipe"))
     if args.device.type == "cpu":
-        print("\nCounted on a CPU, without what is for CPUs alone.", file=sys.stderr)
+        print("\nCounted on a CPU, without what is for CPUs alone.")
     if args.json:
+        last = f"inference, {DETECTIONS[-1]} detections"
         content = {
             "launches": {
                 "training": totals["training", "operators"],
-                "inference": totals["inference, 100 detections", "operators"],
+                "inference": totals[last, "operators"],
             },
-            "waits": {"inference": totals["inference, 100 detections", "waits"]},
+            "waits": {"training": totals["training", "waits"], "inference": totals[last, "waits"]},
+            "environment": environment(args.device),
+            "same_answer": same_answer,
             "rows": [
-                dict(zip(("what", "stage", "kind", *models), row[:5], strict=True)) for row in rows
+                dict(zip(("what", "stage", "kind", *models), row, strict=True)) for row in rows
             ],
         }
         args.json.write_text(json.dumps(content, indent=2) + "\n")
-    return 0
+    return 0 if same_answer else 1
