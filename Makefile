@@ -9,7 +9,7 @@ REQUIREMENTS := $(VENV)/.requirements
 PROJECT := $(VENV)/.project
 
 .DEFAULT_GOAL := help
-.PHONY: env quickstart prepare-cityscapes test mutants lint format clean help FORCE
+.PHONY: env quickstart prepare-cityscapes test mutants wheelhouse lint format clean help FORCE
 
 env: $(PROJECT)  ## make .venv, the reference environment (5.5 GB, 2 minutes); PYTHON=... picks its Python
 
@@ -24,6 +24,9 @@ test: $(PROJECT)  ## run the tests
 
 mutants: $(PROJECT)  ## make small wrong changes, and list those that no test sees (an hour)
 	$(BIN)/python tools/mutants.py
+
+wheelhouse: $(PROJECT)  ## collect wheels for a machine with PyTorch and no network (see docs/OFFLINE.md)
+	$(BIN)/python tools/wheelhouse.py wheelhouse $(if $(FOR),--python $(FOR)) $(if $(HAVE),--have $(HAVE))
 
 lint: $(PROJECT)  ## check style and formatting
 	$(BIN)/ruff check .

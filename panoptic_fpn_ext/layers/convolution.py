@@ -1,7 +1,11 @@
 """Convolutions with fewer passes over the features and fewer multiplications."""
 
+import contextlib
 import math
 import platform
+from collections import Counter
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -87,7 +91,7 @@ class FastConvNorm2d(StandIn, Conv2d):
             x = x if planar else x.contiguous(memory_format=torch.channels_last)
         weight, bias, norm = self.weight, self.bias, self.norm
         if self.fold_batch_norm and _is_foldable(norm):
-            weight, bias = _folded(weight, bias, norm)
+            weight, bias = _folded(weight, bias, *vars(self).get("_affine") or _affine(norm))
             norm = None
         geometry = self.stride, self.padding, self.dilation, self.groups
         x = convolve(x, weight, bias, *geometry, winograd=self.winograd)
@@ -111,13 +115,47 @@ def _is_foldable(norm: nn.Module | None) -> bool:
     )
 
 
+def _affine(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scale and the shift (C,) that a normalization is."""
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return scale, norm.bias - norm.running_mean * scale
+
+
+@contextlib.contextmanager
+def normalizations_at_once(module: nn.Module) -> Iterator[None]:
+    """Within it the convolutions below ``module`` have the scales and shifts of their
+    normalizations, all found together; a GPU has less to launch."""
+    convolutions = [
+        m
+        for m in module.modules()
+        if isinstance(m, FastConvNorm2d) and m.fold_batch_norm and _is_foldable(m.norm)
+    ]
+    # With another epsilon or dtype each finds its own.
+    kinds = Counter((m.norm.eps, m.norm.weight.dtype) for m in convolutions)
+    kind, _ = kinds.most_common(1)[0] if kinds else (None, 0)
+    alike = [m for m in convolutions if (m.norm.eps, m.norm.weight.dtype) == kind]
+    if alike:
+        names = ("weight", "bias", "running_mean", "running_var")
+        together = SimpleNamespace(
+            eps=alike[0].norm.eps,
+            **{n: torch.cat([getattr(m.norm, n) for m in alike]) for n in names},
+        )
+        sizes = [m.out_channels for m in alike]
+        parts = (x.split(sizes) for x in _affine(together))
+        for m, affine in zip(alike, zip(*parts, strict=True), strict=True):
+            vars(m)["_affine"] = affine
+    try:
+        yield
+    finally:
+        for m in alike:
+            vars(m).pop("_affine", None)
+
+
 def _folded(
-    weight: torch.Tensor, bias: torch.Tensor | None, norm: nn.Module
+    weight: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor, shift: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights (C', C, h, w) and bias (C',) of a convolution with the normalization after it."""
     # Not fuse_conv_bn_weights of torch.nn.utils: it makes new parameters, cutting the gradient.
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    shift = norm.bias - norm.running_mean * scale
     if bias is not None:
         shift = shift + bias * scale
     return weight * scale[:, None, None, None], shift

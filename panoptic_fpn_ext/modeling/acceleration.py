@@ -8,79 +8,34 @@ from dataclasses import dataclass
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling.proposal_generator import StandardRPNHead
-from detectron2.modeling.roi_heads import MaskRCNNConvUpsampleHead
 from torch import nn
 
 from ..errors import UserError
-from ..layers.convolution import FastConv2d, FastConvNorm2d, has_winograd
+from ..layers.convolution import FastConv2d, FastConvNorm2d
 from ..layers.roi_align import ParallelROIAlign
-from ..layers.stand_in import StandIn, is_eager_on_cpu
+from ..layers.stand_in import StandIn
+from .lean import (
+    LeanBoxPredictor,
+    LeanMaskHead,
+    LeanResNet,
+    LeanROIPooler,
+    LeanRPN,
+    LeanRPNHead,
+)
 
 PRECISIONS = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-# What bounds memory in inference: so many masks at once; of a level with more pixels than the
-# first, strips of so many.
-MAX_MASKS = 32
-RPN_MAX_PIXELS = 2**16
-RPN_STRIP_PIXELS = 2**14
-
-
-class LeanMaskHead(StandIn, MaskRCNNConvUpsampleHead):
-    """Detectron2's, which in inference has the features of some instances at once in memory."""
-
-    def layers(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, C, H, W) features to (N, num_classes, 2H, 2W) logits."""
-        if not torch.jit.is_scripting():
-            if self.training or not is_eager_on_cpu(x):
-                return super().layers(x)
-            plain = super().layers
-            return torch.cat([plain(part) for part in x.split(MAX_MASKS)])
-        for layer in self:
-            x = layer(x)
-        return x
-
-
-class LeanRPNHead(StandIn, StandardRPNHead):
-    """Detectron2's, which in inference on CPUs has the hidden features of a large level in memory
-    some rows at a time."""
-
-    def forward(
-        self, features: list[torch.Tensor]
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Objectness logits and anchor deltas of each level."""
-        objectness: list[torch.Tensor] = []
-        deltas: list[torch.Tensor] = []
-        for feature in features:
-            if not torch.jit.is_scripting() and self._is_large(feature):
-                of_level = self._in_strips(feature)
-            else:
-                hidden = self.conv(feature)
-                of_level = self.objectness_logits(hidden), self.anchor_deltas(hidden)
-            objectness.append(of_level[0])
-            deltas.append(of_level[1])
-        return objectness, deltas
-
-    @torch.jit.unused
-    def _is_large(self, feature: torch.Tensor) -> bool:
-        return has_winograd(feature) and feature.shape[2] * feature.shape[3] > RPN_MAX_PIXELS
-
-    @torch.jit.unused
-    def _in_strips(self, feature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        height, width = feature.shape[-2:]
-        rows = max(1, RPN_STRIP_PIXELS // width)
-        margin = sum(isinstance(module, nn.Conv2d) for module in self.conv.modules())
-        strips = []
-        for start in range(0, height, rows):
-            stop, first = start + rows, max(start - margin, 0)
-            hidden = self.conv(feature[:, :, first : stop + margin])
-            hidden = hidden[:, :, start - first : stop - first]
-            strips.append((self.objectness_logits(hidden), self.anchor_deltas(hidden)))
-        objectness, deltas = (torch.cat(parts, dim=2) for parts in zip(*strips, strict=True))
-        return objectness, deltas
-
-
-STAND_INS = (FastConv2d, FastConvNorm2d, ParallelROIAlign, LeanMaskHead, LeanRPNHead)
+STAND_INS = (
+    FastConv2d,
+    FastConvNorm2d,
+    ParallelROIAlign,
+    LeanResNet,
+    LeanRPN,
+    LeanRPNHead,
+    LeanROIPooler,
+    LeanBoxPredictor,
+    LeanMaskHead,
+)
 
 
 def accelerate(
@@ -90,8 +45,8 @@ def accelerate(
     fold_batch_norm: bool = True,
     channels_last: bool = True,
 ) -> nn.Module:
-    """Put faster or leaner modules in the place of convolutions, RoIAlign and Detectron2's mask and
-    RPN heads.
+    """Put faster or leaner modules in the place of convolutions and of Detectron2's ResNet, RPN,
+    RoI pooling, box predictor and mask head.
 
     Names, shapes and identity of parameters and buffers stay: an optimizer made before goes on.
     What is put in can be copied, pickled, traced, scripted, compiled and counted as what was there;

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 from panoptic_fpn_ext import accelerate, decelerate
 from panoptic_fpn_ext.layers.stand_in import StandIn
-from panoptic_fpn_ext.modeling import acceleration
+from panoptic_fpn_ext.modeling import lean as lean_modules
 
 from ..conftest import assert_same_outputs
 
@@ -150,7 +150,7 @@ def test_mask_heads_hold_the_features_of_some_instances_at_once():
     lean.predictor.register_forward_hook(lambda *args: batches.append(len(args[2])))
     with torch.no_grad():
         lean.layers(torch.randn(70, 8, 14, 14))
-    assert max(batches) <= acceleration.MAX_MASKS
+    assert max(batches) <= lean_modules.MAX_MASKS
 
 
 @torch.no_grad()
@@ -176,8 +176,8 @@ def test_a_trace_of_the_mask_head_takes_any_number_of_instances():
 @pytest.mark.parametrize("conv_dims", [[-1], [-1, 12, 16]])
 @pytest.mark.parametrize("height", [1, 8, 9, 41])
 def test_proposals_of_strips_are_equal(monkeypatch, conv_dims, height):
-    monkeypatch.setattr(acceleration, "RPN_MAX_PIXELS", 60)
-    monkeypatch.setattr(acceleration, "RPN_STRIP_PIXELS", 32)
+    monkeypatch.setattr(lean_modules, "RPN_MAX_PIXELS", 60)
+    monkeypatch.setattr(lean_modules, "RPN_STRIP_PIXELS", 32)
     head = StandardRPNHead(in_channels=16, num_anchors=3, conv_dims=conv_dims)
     for parameter in head.parameters():
         nn.init.normal_(parameter)
@@ -189,7 +189,7 @@ def test_proposals_of_strips_are_equal(monkeypatch, conv_dims, height):
         strips.clear()
         with torch.set_grad_enabled(grad):
             assert_close(lean(features), head(features), atol=1e-4, rtol=1e-4)
-            in_strips = height > 7 and acceleration.has_winograd(features[0])
+            in_strips = height > 7 and lean_modules.has_winograd(features[0])
         assert (len(strips) > 2) == in_strips
         if in_strips:  # each of 4 rows, and those beside it that the convolutions reach
             assert max(strip.shape[2] for strip in strips) <= 4 + 2 * len(conv_dims)
