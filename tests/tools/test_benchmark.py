@@ -14,7 +14,7 @@ SMALL = ["--threads", 1, "--backbone", "R18", "--sizes", "96x128", "--rounds", 1
 
 def benchmark(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "tools/benchmark.py", *map(str, arguments)],
+        [sys.executable, "tools/benchmark", *map(str, arguments)],
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,

@@ -15,8 +15,8 @@ def tools(monkeypatch):
 
 @pytest.mark.parametrize("side", [0, 1], ids=["ours", "detectron2"])
 def test_all_together_give_what_each_gives_alone(side, tmp_path):
-    from benchmark_dataset import make_dataset
-    from benchmark_evaluation import EVALUATORS, evaluate
+    from benchmark.dataset import make_dataset
+    from benchmark.evaluation import EVALUATORS, evaluate
 
     name = f"benchmark_together_{side}"
     outputs = make_dataset(name, tmp_path, 64, 96, 2)

@@ -22,7 +22,7 @@ def tools(monkeypatch):
 
 @pytest.fixture
 def stages():
-    from benchmark_frame import Stages
+    from benchmark.frame import Stages
 
     return Stages(torch.device("cpu"))
 
@@ -55,18 +55,18 @@ class TestMemory:
         assert 28 * MB < resident < 48 * MB
 
     def test_none_where_the_system_does_not_tell(self, stages, monkeypatch):
-        import benchmark_frame
+        from benchmark import frame
 
         def refuse():
             raise PermissionError
 
-        monkeypatch.setattr(benchmark_frame, "_forget_peak", refuse)
+        monkeypatch.setattr(frame, "_forget_peak", refuse)
         assert stages.resident(lambda: None, since="any") is None
 
 
 def plan(*arguments):
     from benchmark import parser
-    from benchmark_inference import plan
+    from benchmark.inference import plan
 
     found = plan(parser().parse_args(["inference", *map(str, arguments)]))
     return [(str(s), s.num_classes, detections) for s, detections in found.items()]
@@ -101,7 +101,7 @@ def test_growth_in_batches(tmp_path):
         *("--outputs", "panoptic_seg", "--json", path),
     ]
     run = subprocess.run(
-        [sys.executable, "tools/benchmark.py", *map(str, arguments)],
+        [sys.executable, "tools/benchmark", *map(str, arguments)],
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
@@ -128,7 +128,7 @@ def test_growth_in_batches(tmp_path):
 
 
 def test_a_batch_agrees_as_its_worst_image():
-    from benchmark_models import agreement
+    from benchmark.models import agreement
 
     def output(score, *labels):
         segments = [{"isthing": True, "category_id": 0, "instance_id": 0, "id": 1, "score": score}]
@@ -143,8 +143,8 @@ def test_a_batch_agrees_as_its_worst_image():
 
 
 def test_missing_peers_take_a_line_each(monkeypatch, capsys):
-    from benchmark_inference import time_peers
-    from benchmark_models import Setting
+    from benchmark.inference import time_peers
+    from benchmark.models import Setting
 
     for name in ("torchvision.models.detection", "transformers"):
         monkeypatch.setitem(sys.modules, name, None)  # importing it fails

@@ -18,7 +18,6 @@ from unittest import mock
 import cv2
 import numpy as np
 import torch
-from benchmark_frame import Comparison, Times, by_turns
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, detection_utils
 from detectron2.structures import BitMasks, BoxMode, Instances
@@ -31,6 +30,8 @@ from panoptic_fpn_ext.data.panoptic_png import read_panoptic_png
 from panoptic_fpn_ext.data.targets import sem_seg_from_panoptic
 from panoptic_fpn_ext.evaluation.detectron2_evaluators import instances_json
 from panoptic_fpn_ext.evaluation.instance_ap import instance_annotations
+
+from .frame import Comparison, Times, by_turns
 
 NUM_THINGS, NUM_STUFF = 8, 11  # as Cityscapes
 NUM_SAMPLES, MASK_SIZE = 128, 28  # for the mask loss: a quarter of ROI heads' 512, and its targets

@@ -9,9 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from benchmark_dataset import convert_for_detectron2
-from benchmark_evaluation import EVALUATORS, quiet
-from benchmark_frame import Comparison, Peer, Times, by_turns
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
 from detectron2.evaluation import inference_on_dataset
@@ -20,6 +17,10 @@ from detectron2.modeling import build_model
 
 from panoptic_fpn_ext.engine import Trainer, setup
 from panoptic_fpn_ext.engine.checkpoint import PanopticFPNCheckpointer
+
+from .dataset import convert_for_detectron2
+from .evaluation import EVALUATORS, quiet
+from .frame import Comparison, Peer, Times, by_turns
 
 TOLERANCE = 0.05
 """Points by which the scores may differ."""

@@ -11,10 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmark_dataset import compare_targets, make_dataset
-from benchmark_frame import MB, Comparison, Peer, Stages, Times, by_turns
-from benchmark_inference import autocast
-from benchmark_models import DEPTHS, SETTINGS, Scene, Setting, build_both, config
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.layers import Conv2d, ShapeSpec
@@ -28,6 +24,11 @@ from torch import nn
 
 from panoptic_fpn_ext.data.mapper import PanopticFPNMapper
 from panoptic_fpn_ext.evaluation.instance_ap import instance_annotations
+
+from .dataset import compare_targets, make_dataset
+from .frame import MB, Comparison, Peer, Stages, Times, by_turns
+from .inference import autocast
+from .models import DEPTHS, SETTINGS, Scene, Setting, build_both, config
 
 NUM_OBJECTS = 8  # an image of COCO has 7.3
 STEP = ("forward", "backward", "optimizer")

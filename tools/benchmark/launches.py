@@ -15,9 +15,6 @@ from unittest import mock
 
 import torch
 import torchvision
-from benchmark_frame import environment
-from benchmark_inference import OUTPUT_CHOICES
-from benchmark_models import SETTINGS, Batch, Scene, agreement, agrees, build_both, config
 from detectron2.solver import build_optimizer
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
@@ -27,10 +24,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from panoptic_fpn_ext.engine import Trainer
 from panoptic_fpn_ext.modeling.postprocessing import PanopticPostprocessor
 
+from .frame import environment
+from .inference import OUTPUT_CHOICES
+from .models import SETTINGS, Batch, Scene, agreement, agrees, build_both, config
+
 DETECTIONS = (0, 30, 100)
 IMAGES = 2  # of a training step
 WAITING_METHODS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__")
-WAITING_OPERATORS = ("nms", "nonzero", "masked_select", "_unique2", "unique_dim", "repeat_interleave")
+WAITING_OPERATORS = (
+    "nms",
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+    "repeat_interleave",
+)
 
 
 class Counting(TorchDispatchMode):

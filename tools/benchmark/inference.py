@@ -10,8 +10,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from benchmark_frame import MB, Comparison, Peer, StageMemory, Stages, Times, by_turns
-from benchmark_models import (
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from panoptic_fpn_ext.config import OUTPUTS
+from panoptic_fpn_ext.modeling.postprocessing import PanopticPostprocessor
+
+from .frame import MB, Comparison, Peer, StageMemory, Stages, Times, by_turns
+from .models import (
     AFTER,
     DEPTHS,
     MERGING,
@@ -28,11 +34,6 @@ from benchmark_models import (
     config,
     planted_scores,
 )
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
-
-from panoptic_fpn_ext.config import OUTPUTS
-from panoptic_fpn_ext.modeling.postprocessing import PanopticPostprocessor
 
 OUTPUT_CHOICES = {"panoptic_seg": ["panoptic_seg"], "all": list(OUTPUTS)}
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

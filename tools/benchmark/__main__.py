@@ -1,14 +1,14 @@
 #!/usr/bin/env python
 """Time panoptic_fpn_ext against Detectron2, and check that both give the same answer.
 
-    python tools/benchmark.py inference --device cpu --json inference.json
-    python tools/benchmark.py inference --device cuda --precision fp16 --peers
-    python tools/benchmark.py inference --growth --rounds 3
-    python tools/benchmark.py training --images 2
-    python tools/benchmark.py acceleration
-    python tools/benchmark.py launches
-    python tools/benchmark.py evaluation --sizes 1024x2048
-    python tools/benchmark.py eval-only --config-file configs/quickstart.yaml \\
+    python tools/benchmark inference --device cpu --json inference.json
+    python tools/benchmark inference --device cuda --precision fp16 --peers
+    python tools/benchmark inference --growth --rounds 3
+    python tools/benchmark training --images 2
+    python tools/benchmark acceleration
+    python tools/benchmark launches
+    python tools/benchmark evaluation --sizes 1024x2048
+    python tools/benchmark eval-only --config-file configs/quickstart.yaml \\
         --opts MODEL.WEIGHTS output/quickstart/model_final.pth
 
 Both run by turns (A B A B ...), after a turn that is not counted, in one process, with the same
@@ -25,16 +25,19 @@ from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler tells of every start and stop
 
-import torch
-from benchmark_acceleration import acceleration
-from benchmark_eval_only import eval_only
-from benchmark_evaluation import evaluation
-from benchmark_frame import environment, report, use_cores
-from benchmark_inference import DETECTIONS, DTYPES, OUTPUT_CHOICES, inference
-from benchmark_launches import launches
-from benchmark_models import DEPTHS, SETTINGS, Setting
-from benchmark_training import training
+# This folder is a package beside the other tools.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
+
+from benchmark.acceleration import acceleration
+from benchmark.eval_only import eval_only
+from benchmark.evaluation import evaluation
+from benchmark.frame import environment, report, use_cores
+from benchmark.inference import DETECTIONS, DTYPES, OUTPUT_CHOICES, inference
+from benchmark.launches import launches
+from benchmark.models import DEPTHS, SETTINGS, Setting
+from benchmark.training import training
 from panoptic_fpn_ext import UserError
 
 
@@ -70,7 +73,7 @@ def device(text: str) -> torch.device:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     subcommands = parser.add_subparsers(required=True, metavar="WHAT")
 
@@ -212,5 +215,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except UserError as error:
-        print(f"benchmark.py: error: {error}", file=sys.stderr)
+        print(f"benchmark: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -6,13 +6,14 @@ import functools
 from typing import Any
 
 import torch
-from benchmark_frame import Comparison, Peer, Stages, Times, by_turns
-from benchmark_models import SETTINGS, Scene
 from detectron2 import model_zoo
 from detectron2.modeling import build_model
 from torch import nn
 
 from panoptic_fpn_ext import accelerate
+
+from .frame import Comparison, Peer, Stages, Times, by_turns
+from .models import SETTINGS, Scene
 
 ZOO_CONFIGS = {
     "Mask R-CNN R50": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",

@@ -15,8 +15,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-from benchmark_dataset import smooth_noise
-from benchmark_frame import Stages
 from detectron2 import model_zoo
 from detectron2.config import CfgNode
 from detectron2.layers import paste_masks_in_image
@@ -28,6 +26,9 @@ from torch.nn import functional as F
 
 from panoptic_fpn_ext import add_panoptic_fpn_config
 from panoptic_fpn_ext.modeling import postprocessing
+
+from .dataset import smooth_noise
+from .frame import Stages
 
 ZOO_CONFIG = "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml"
 DEPTHS = {"R18": 18, "R50": 50, "R101": 101}

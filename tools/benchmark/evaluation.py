@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmark_dataset import make_dataset, rgb
-from benchmark_frame import Comparison, Peer, Times, by_turns
 from cityscapesscripts.evaluation import evalPanopticSemanticLabeling
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import (
@@ -31,6 +29,9 @@ from panoptic_fpn_ext.evaluation import (
     PanopticQualityEvaluator,
     SemSegIoUEvaluator,
 )
+
+from .dataset import make_dataset, rgb
+from .frame import Comparison, Peer, Times, by_turns
 
 Result = Mapping[str, float]
 Builder = Callable[[str], DatasetEvaluator]
