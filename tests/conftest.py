@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # Kernels for GPUs are tested on CPUs too; Triton, which PyTorch imports, asks for this first.
@@ -66,12 +67,35 @@ def _repeatable() -> None:
     torch.manual_seed(0)
 
 
+DEVICES = [torch.device("cpu")]
+if torch.cuda.is_available():
+    DEVICES.append(pytest.param(torch.device("cuda"), marks=pytest.mark.gpu))
+
+
+@pytest.fixture(params=DEVICES, ids=lambda device: device.type)
+def device(request) -> Iterator[torch.device]:
+    """The CPU, and a GPU where there is one; there in float32 itself, not in TF32."""
+    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = convolutions.allow_tf32, products.allow_tf32
+    convolutions.allow_tf32 = products.allow_tf32 = False
+    yield request.param
+    convolutions.allow_tf32, products.allow_tf32 = before
+
+
 @pytest.fixture
-def detectron2_cfg() -> CfgNode:
+def on_device(device: torch.device) -> Iterator[None]:
+    """Tensors that a test makes are on the device."""
+    with device:
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture
+def detectron2_cfg(device: torch.device) -> CfgNode:
     """A small PanopticFPN of Detectron2: 3 things, 4 semantic classes."""
     cfg = get_cfg()
     cfg.MODEL.META_ARCHITECTURE = "PanopticFPN"
-    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.DEVICE = device.type
     cfg.MODEL.MASK_ON = True
     cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
     cfg.MODEL.BACKBONE.FREEZE_AT = 0

@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from panoptic_fpn_ext.layers import kernels  # tests/conftest.py has it interpreted on CPUs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 
 def plain_loss(logits, targets, stride, ignore_value):

@@ -18,6 +18,8 @@ from panoptic_fpn_ext import accelerate
 from panoptic_fpn_ext.layers import convolution
 from panoptic_fpn_ext.modeling import lean
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 SIZES = [(60, 96), (64, 70)]
 
 

@@ -9,6 +9,8 @@ from torch.testing import assert_close
 from panoptic_fpn_ext import UserError
 from panoptic_fpn_ext.modeling import SemanticFPNHead
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 SHAPES = {f"p{k}": ShapeSpec(channels=16, stride=2**k) for k in range(2, 6)}
 
 

@@ -137,7 +137,7 @@ def test_training_compares_and_checks(tmp_path):
 )
 def test_mistakes_get_one_line(arguments, message, monkeypatch, capsys):
     monkeypatch.syspath_prepend(REPOSITORY / "tools")
-    from benchmark import parser
+    from benchmark.__main__ import parser
 
     with pytest.raises(SystemExit, match="2"):
         parser().parse_args(arguments)

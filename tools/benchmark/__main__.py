@@ -35,8 +35,10 @@ from benchmark.eval_only import eval_only
 from benchmark.evaluation import evaluation
 from benchmark.frame import environment, report, use_cores
 from benchmark.inference import DETECTIONS, DTYPES, OUTPUT_CHOICES, inference
+from benchmark.kernels import kernels
 from benchmark.launches import launches
 from benchmark.models import DEPTHS, SETTINGS, Setting
+from benchmark.table import table
 from benchmark.training import training
 from panoptic_fpn_ext import UserError
 
@@ -161,7 +163,17 @@ def parser() -> argparse.ArgumentParser:
         metavar="KEY VALUE",
         help="config keys of our model, and their values",
     )
-    command.set_defaults(count=launches)
+    command.set_defaults(tell=launches)
+
+    command = subcommands.add_parser(
+        "kernels", help="the dearest kernels of a training step and of an image", parents=[models]
+    )
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    command.set_defaults(tell=kernels)
+
+    command = subcommands.add_parser("table", help="a short table of what the others have written")
+    command.add_argument("files", type=Path, nargs="+", metavar="FILE.json")
+    command.set_defaults(tell=table, threads=None)
 
     command = subcommands.add_parser(
         "training", parents=[common, models], help="a training step, and the data path"
@@ -201,8 +213,11 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     args = parser().parse_args()
     use_cores(args.threads)
-    if "count" in args:
-        return args.count(args)
+    if "precision" in args:
+        tf32 = args.precision == "tf32"
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+    if "tell" in args:
+        return args.tell(args)
     settings = environment(args.device)
     names = ("backbone", "precision", "detectron2_precision", "opts", "rounds", "images")
     settings |= {name: getattr(args, name) for name in names if getattr(args, name, None)}

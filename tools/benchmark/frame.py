@@ -129,6 +129,8 @@ class Stages:
 
         def mark(stage: str, part_of: str | None = None) -> None:
             stages = {stage, part_of or stage}
+            if on_gpu and torch.cuda.is_current_stream_capturing():
+                return  # a graph, whose replays enter no stages
             if on_gpu:
                 marks.append((stages, torch.cuda.Event(enable_timing=True)))
                 marks[-1][1].record()

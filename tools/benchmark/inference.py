@@ -36,7 +36,8 @@ from .models import (
 )
 
 OUTPUT_CHOICES = {"panoptic_seg": ["panoptic_seg"], "all": list(OUTPUTS)}
-DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+# tf32 is float32 whose products GPUs have in less; PyTorch's default for convolutions alone.
+DTYPES = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 DETECTIONS = (10, 30, 100)
 # Of --growth; the first of each while another axis grows.
@@ -212,15 +213,8 @@ class MatrixProduct:
 
     def __call__(self) -> tuple[torch.Tensor, dict[str, float]]:
         """What :meth:`Stages.time` tells of it."""
-        matmul = torch.backends.cuda.matmul
-        before = matmul.allow_tf32
-        # By default PyTorch allows it for convolutions alone.
-        matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
-        try:
-            with torch.no_grad(), autocast(self._stages.device, self._precision):
-                return self._stages.time(lambda: self._matrix @ self._matrix)
-        finally:
-            matmul.allow_tf32 = before
+        with torch.no_grad(), autocast(self._stages.device, self._precision):
+            return self._stages.time(lambda: self._matrix @ self._matrix)
 
 
 # What people would pick instead

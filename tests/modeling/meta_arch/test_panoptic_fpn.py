@@ -139,7 +139,7 @@ def test_each_branch_reads_its_own_group_of_channels(full_cfg, training_batch):
 def test_inference_in_mixed_precision_is_that_of_autocast(full_cfg, training_batch):
     full_cfg.MODEL.PANOPTIC_FPN.OUTPUTS = ["sem_seg"]
     model = build_model(full_cfg).eval()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(model.device.type, torch.bfloat16):
         (expected, *_) = model(training_batch)
     full_cfg.MODEL.ACCELERATION.PRECISION = "bfloat16"
     mixed = build_model(full_cfg).eval()
