@@ -51,6 +51,10 @@ def add_panoptic_fpn_config(cfg: CfgNode) -> None:
     cfg.MODEL.ACCELERATION.CHANNELS_LAST = True
     # "float16" or "bfloat16" for mixed precision in inference; for training, SOLVER.AMP.
     cfg.MODEL.ACCELERATION.PRECISION = "float32"
+    # In inference on GPUs, backbone, semantic branch and RPN head as CUDA graphs, of the sizes of
+    # images that come again; and by torch.compile. Both are off until measured on more GPUs.
+    cfg.MODEL.ACCELERATION.CUDA_GRAPHS = False
+    cfg.MODEL.ACCELERATION.COMPILE = False
 
     # How the semantic branch brings the levels of the pyramid together: "sum" or "concat".
     cfg.MODEL.SEM_SEG_HEAD.AGGREGATION = "sum"
@@ -226,6 +230,13 @@ _CONDITIONS: dict[str, tuple[Callable[[CfgNode], bool], str]] = {
     "MODEL.ACCELERATION.FOLD_BN": _with_architecture(*ARCHITECTURES),
     "MODEL.ACCELERATION.CHANNELS_LAST": _with_architecture(*ARCHITECTURES),
     "MODEL.ACCELERATION.PRECISION": _with_architecture(*ARCHITECTURES),
+    "MODEL.ACCELERATION.CUDA_GRAPHS": (
+        lambda cfg: (
+            cfg.MODEL.META_ARCHITECTURE in ARCHITECTURES and cfg.MODEL.DEVICE.startswith("cuda")
+        ),
+        f"MODEL.META_ARCHITECTURE {' or '.join(ARCHITECTURES)} and MODEL.DEVICE cuda",
+    ),
+    "MODEL.ACCELERATION.COMPILE": _with_architecture(*ARCHITECTURES),
     "MODEL.SEM_SEG_HEAD.AGGREGATION": (
         lambda cfg: cfg.MODEL.SEM_SEG_HEAD.NAME == "SemanticFPNHead",
         "MODEL.SEM_SEG_HEAD.NAME SemanticFPNHead",

@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..layers.convolution import FastConv2d, FastConvNorm2d
 from ..layers.roi_align import ParallelROIAlign
 from ..layers.stand_in import StandIn
+from .fixed_part import FixedPart
 from .lean import (
     LeanBoxPredictor,
     LeanMaskHead,
@@ -105,12 +106,15 @@ class Acceleration:
         winograd, fold_batch_norm, channels_last: see :func:`accelerate`.
         precision: of inference: ``"float32"``, or ``"float16"`` or ``"bfloat16"`` for what autocast
             has in that precision.
+        cuda_graphs, compiled: of inference, see :class:`FixedPart`.
     """
 
     winograd: bool = True
     fold_batch_norm: bool = True
     channels_last: bool = True
     precision: str = "float32"
+    cuda_graphs: bool = False
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -126,6 +130,8 @@ class Acceleration:
             fold_batch_norm=keys.FOLD_BN,
             channels_last=keys.CHANNELS_LAST,
             precision=keys.PRECISION,
+            cuda_graphs=keys.CUDA_GRAPHS,
+            compiled=keys.COMPILE,
         )
 
     def apply(self, model: nn.Module) -> None:
@@ -136,6 +142,10 @@ class Acceleration:
             fold_batch_norm=self.fold_batch_norm,
             channels_last=self.channels_last,
         )
+
+    def fixed_part(self) -> FixedPart:
+        """What runs the part of inference whose shapes follow from the size of the images."""
+        return FixedPart(cuda_graphs=self.cuda_graphs, compiled=self.compiled)
 
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
         """The context of inference."""

@@ -9,7 +9,7 @@ from detectron2.modeling.proposal_generator import RPN, StandardRPNHead
 from detectron2.modeling.proposal_generator.proposal_utils import find_top_rpn_proposals
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers, MaskRCNNConvUpsampleHead
 from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from fvcore.nn import smooth_l1_loss
 from torch import nn
@@ -83,6 +83,37 @@ class LeanRPN(StandIn, RPN):
     """Detectron2's, which decodes no more boxes than may be proposed, those of all levels at once,
     has the deltas of no more anchors than have an object, and seldom waits for a GPU: for proposals
     once an image, in NMS, and once more, for the losses twice."""
+
+    def head_outputs(
+        self, features: dict[str, torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Objectness logits and anchor deltas of each of ``in_features``."""
+        return self.rpn_head([features[name] for name in self.in_features])
+
+    def proposals_from(
+        self,
+        images: ImageList,
+        features: dict[str, torch.Tensor],
+        head_outputs: tuple[list[torch.Tensor], list[torch.Tensor]],
+    ) -> list[Instances]:
+        """Inference without the head.
+
+        Args:
+            images: for their sizes.
+            features: of the backbone, for theirs.
+            head_outputs: see there.
+
+        Returns:
+            See :meth:`predict_proposals`.
+        """
+        logits, deltas = head_outputs
+        box_dim = self.anchor_generator.box_dim
+        return self.predict_proposals(
+            self.anchor_generator([features[name] for name in self.in_features]),
+            [x.permute(0, 2, 3, 1).flatten(1) for x in logits],
+            [x.unflatten(1, (-1, box_dim)).permute(0, 3, 4, 1, 2).flatten(1, -2) for x in deltas],
+            images.image_sizes,
+        )
 
     def losses(
         self,

@@ -204,8 +204,10 @@ class Batch:
             predictor.register_forward_hook(self._sem_seg),
             predictor.register_forward_hook(enter(AFTER)),
             predictor.register_forward_hook(lambda *_: stages.enter(UPSAMPLING, part_of=AFTER)),
-            model.proposal_generator.register_forward_pre_hook(enter("RPN")),
-            model.proposal_generator.register_forward_hook(enter("ROI heads")),
+            # Ours calls the head, then the rest; Detectron2's makes anchors first.
+            model.proposal_generator.rpn_head.register_forward_pre_hook(enter("RPN")),
+            model.proposal_generator.anchor_generator.register_forward_pre_hook(enter("RPN")),
+            model.roi_heads.register_forward_pre_hook(enter("ROI heads")),
             model.roi_heads.box_predictor.register_forward_hook(self._scores),
             model.roi_heads.register_forward_hook(self._instances),
             model.roi_heads.register_forward_hook(enter(AFTER)),

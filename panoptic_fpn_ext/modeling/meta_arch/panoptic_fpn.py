@@ -20,11 +20,13 @@ from torch import nn
 from ...config import OUTPUTS, resolve_config
 from ...errors import UserError
 from ..acceleration import Acceleration, planar
+from ..lean import LeanRPN
 from ..postprocessing import PanopticPostprocessor
 from ..semantic_head import logits_for_postprocessing
 from .padding import padded
 
 TASKS = ("instance", "semantic")
+OUTPUT_OF = {"instance": "instances", "semantic": "sem_seg"}
 TRAINING = ("joint", "alternate")
 
 
@@ -95,6 +97,7 @@ class PanopticFPNExt(GeneralizedRCNN):
         self.feature_groups = feature_groups
         self.acceleration = acceleration or Acceleration()
         self.acceleration.apply(self)
+        self.fixed_part = self.acceleration.fixed_part()
         branches = {
             "instance": (instance_loss_weight, [self.proposal_generator, self.roi_heads]),
             "semantic": (getattr(sem_seg_head, "loss_weight", 1.0), [sem_seg_head]),
@@ -188,25 +191,50 @@ class PanopticFPNExt(GeneralizedRCNN):
             (a list) and semantic logits (N, num_classes, H, W).
         """
         images = self.preprocess_image(batched_inputs)
-        features = self.backbone(images.tensor)
-        sem_seg = instances = [None] * len(batched_inputs)
-        stride = 1
-        if self.postprocess.needs("sem_seg") or not do_postprocess:
-            semantic_features = self._features_for("semantic", features)
-            if do_postprocess:
-                sem_seg, stride = logits_for_postprocessing(self.sem_seg_head, semantic_features)
-            else:
-                sem_seg, _ = self.sem_seg_head(semantic_features, None)
-        if self.postprocess.needs("instances") or not do_postprocess:
+        if not do_postprocess:
+            features = self.backbone(images.tensor)
+            sem_seg, _ = self.sem_seg_head(self._features_for("semantic", features), None)
             features = self._features_for("instance", features)
             proposals, _ = self.proposal_generator(images, features, None)
             instances, _ = self.roi_heads(images, planar(features), proposals, None)
-        if not do_postprocess:
             return instances, sem_seg
+        needs = {task: self.postprocess.needs(name) for task, name in OUTPUT_OF.items()}
+        features, sem_seg, stride, rpn_outputs = self.fixed_part(
+            self._network, self, images.tensor, **needs
+        )
+        instances = [None] * len(batched_inputs)
+        if needs["instance"]:
+            if rpn_outputs is None:
+                proposals, _ = self.proposal_generator(images, features, None)
+            else:
+                proposals = self.proposal_generator.proposals_from(images, features, rpn_outputs)
+            instances, _ = self.roi_heads(images, planar(features), proposals, None)
+        if sem_seg is None:
+            sem_seg = [None] * len(batched_inputs)
         return [
             self.postprocess(*args, stride=stride)
             for args in zip(sem_seg, instances, images.image_sizes, batched_inputs, strict=True)
         ]
+
+    def _network(
+        self, images: torch.Tensor, *, semantic: bool, instance: bool
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None, int, Any]:
+        """The part of inference whose shapes follow from that of the images.
+
+        Returns:
+            The features of the instance branch; the semantic logits and their stride, see
+            :func:`logits_for_postprocessing`; what :meth:`LeanRPN.proposals_from` wants.
+        """
+        features = self.backbone(images)
+        sem_seg, stride, rpn_outputs = None, 1, None
+        if semantic:
+            sem_seg, stride = logits_for_postprocessing(
+                self.sem_seg_head, self._features_for("semantic", features)
+            )
+        features = self._features_for("instance", features)
+        if instance and isinstance(self.proposal_generator, LeanRPN):
+            rpn_outputs = self.proposal_generator.head_outputs(features)
+        return features, sem_seg, stride, rpn_outputs
 
     def _tasks_of_iteration(self) -> tuple[str, ...]:
         if self.training_schedule == "joint":

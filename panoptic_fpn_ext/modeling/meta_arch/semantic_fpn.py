@@ -30,6 +30,7 @@ class SemanticFPN(SemanticSegmentor):
         super().__init__(**segmentor_args)
         self.acceleration = acceleration or Acceleration()
         self.acceleration.apply(self)
+        self.fixed_part = self.acceleration.fixed_part()
         self.postprocess = PanopticPostprocessor(outputs=["sem_seg"])
 
     @classmethod
@@ -55,14 +56,17 @@ class SemanticFPN(SemanticSegmentor):
             targets = padded(maps, self.backbone, self.sem_seg_head.ignore_value).tensor
             return self.sem_seg_head(self.backbone(images.tensor), targets)[1]
         with self.acceleration.autocast(self.device):
-            features = self.backbone(images.tensor)
-            logits, stride = logits_for_postprocessing(self.sem_seg_head, features)
+            logits, stride = self.fixed_part(self.network, self, images.tensor)
             return [
                 self.postprocess(sem_seg, None, image_size, inputs, stride=stride)
                 for sem_seg, image_size, inputs in zip(
                     logits, images.image_sizes, batched_inputs, strict=True
                 )
             ]
+
+    def network(self, images: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Logits of padded images and their stride, see :func:`logits_for_postprocessing`."""
+        return logits_for_postprocessing(self.sem_seg_head, self.backbone(images))
 
     def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
         """The images, normalized and padded."""

@@ -11,7 +11,6 @@ from ...config import resolve_config
 from ...errors import UserError
 from ..acceleration import Acceleration, planar
 from ..postprocessing import PanopticPostprocessor
-from ..semantic_head import logits_for_postprocessing
 from .semantic_fpn import SemanticFPN
 
 
@@ -46,6 +45,7 @@ class TwoNetworkPanopticFPN(nn.Module):
         self.postprocess = postprocess or PanopticPostprocessor()
         self.acceleration = acceleration or Acceleration()
         self.acceleration.apply(self)
+        self.fixed_part = self.acceleration.fixed_part()
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -109,14 +109,13 @@ class TwoNetworkPanopticFPN(nn.Module):
         if self.postprocess.needs("sem_seg"):
             network = self.semantic_network
             images = network.preprocess_image(batched_inputs)
-            features = network.backbone(images.tensor)
-            sem_seg, stride = logits_for_postprocessing(network.sem_seg_head, features)
+            sem_seg, stride = self.fixed_part(network.network, network, images.tensor)
         if self.postprocess.needs("instances"):
             network = self.instance_network
             images = network.preprocess_image(batched_inputs)
-            features = planar(network.backbone(images.tensor))
+            features = self.fixed_part(network.backbone, network, images.tensor)
             proposals, _ = network.proposal_generator(images, features, None)
-            instances, _ = network.roi_heads(images, features, proposals, None)
+            instances, _ = network.roi_heads(images, planar(features), proposals, None)
         return [
             self.postprocess(*args, stride=stride)
             for args in zip(sem_seg, instances, images.image_sizes, batched_inputs, strict=True)
