@@ -65,7 +65,7 @@ class TestMemory:
 
 
 def plan(*arguments):
-    from benchmark import parser
+    from benchmark.__main__ import parser
     from benchmark.inference import plan
 
     found = plan(parser().parse_args(["inference", *map(str, arguments)]))

@@ -25,19 +25,21 @@ from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler tells of every start and stop
 
-# This folder is a package beside the other tools.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # this folder is a package beside the other tools
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 
 from benchmark.acceleration import acceleration
 from benchmark.eval_only import eval_only
 from benchmark.evaluation import evaluation
-from benchmark.frame import environment, report, use_cores
-from benchmark.inference import DETECTIONS, DTYPES, OUTPUT_CHOICES, inference
+from benchmark.frame import environment, use_cores
+from benchmark.inference import DETECTIONS, OUTPUT_CHOICES, inference
 from benchmark.kernels import kernels
 from benchmark.launches import launches
 from benchmark.models import DEPTHS, SETTINGS, Setting
+from benchmark.precision import DTYPES
+from benchmark.results import report
 from benchmark.table import table
 from benchmark.training import training
 from panoptic_fpn_ext import UserError

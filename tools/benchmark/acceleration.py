@@ -12,8 +12,9 @@ from torch import nn
 
 from panoptic_fpn_ext import accelerate
 
-from .frame import Comparison, Peer, Stages, Times, by_turns
+from .frame import Stages, by_turns
 from .models import SETTINGS, Scene
+from .results import Comparison, Peer, Times
 
 ZOO_CONFIGS = {
     "Mask R-CNN R50": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",

@@ -20,7 +20,8 @@ from panoptic_fpn_ext.engine.checkpoint import PanopticFPNCheckpointer
 
 from .dataset import convert_for_detectron2
 from .evaluation import EVALUATORS, quiet
-from .frame import Comparison, Peer, Times, by_turns
+from .frame import by_turns
+from .results import Comparison, Peer, Times
 
 TOLERANCE = 0.05
 """Points by which the scores may differ."""

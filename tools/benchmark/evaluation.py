@@ -31,7 +31,8 @@ from panoptic_fpn_ext.evaluation import (
 )
 
 from .dataset import make_dataset, rgb
-from .frame import Comparison, Peer, Times, by_turns
+from .frame import by_turns
+from .results import Comparison, Peer, Times
 
 Result = Mapping[str, float]
 Builder = Callable[[str], DatasetEvaluator]

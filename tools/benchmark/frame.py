@@ -1,4 +1,4 @@
-"""Measuring by turns: times, memory, how much two answers agree, and the report of it all."""
+"""Measuring by turns: times and memory of stages, and on what."""
 
 import contextlib
 import ctypes
@@ -8,12 +8,11 @@ import json
 import os
 import platform
 import re
-import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,72 +20,10 @@ import cv2
 import detectron2
 import numpy as np
 import torch
-from tabulate import tabulate
 from torch.profiler import ProfilerActivity, profile, record_function
 
 T = TypeVar("T")
 MB = 2**20
-
-
-@dataclass
-class Times:
-    """Milliseconds an image: median and quartiles over the rounds."""
-
-    median: float
-    lower: float
-    upper: float
-
-    @classmethod
-    def of(cls, seconds: Sequence[float], num_images: int = 1) -> "Times":
-        milliseconds = [1000 * s / num_images for s in seconds]
-        lower, upper = np.quantile(milliseconds, (0.25, 0.75)).tolist()
-        return cls(*(round(t, 3) for t in (statistics.median(milliseconds), lower, upper)))
-
-    def __str__(self) -> str:
-        return f"{self.median:.1f} ({self.lower:.1f}-{self.upper:.1f})"
-
-
-@dataclass
-class Comparison:
-    """One thing measured of both."""
-
-    what: str
-    size: str
-    ours_ms: Times
-    detectron2_ms: Times
-    same_answer: bool
-    ratio: float = field(init=False)
-    """Detectron2's time over ours."""
-    outputs: str | None = None
-    detections: int | None = None
-    classes: int | None = None
-    ours_mb: float | None = None
-    detectron2_mb: float | None = None
-    memory_share: float | None = field(init=False, default=None)
-    """Our memory over Detectron2's."""
-    ours_resident_mb: float | None = None
-    """As the system counts: with what libraries allocate for themselves."""
-    detectron2_resident_mb: float | None = None
-    multiply_adds: int | None = None
-    """Of an image, in direct convolutions and linear layers."""
-    floor_ms: float | None = None
-    """What they take at the machine's measured peak."""
-    agreement: dict[str, float] = field(default_factory=dict)
-    """What ``same_answer`` was judged by."""
-
-    def __post_init__(self) -> None:
-        self.ratio = round(self.detectron2_ms.median / self.ours_ms.median, 2)
-        if self.ours_mb is not None and self.detectron2_mb:
-            self.memory_share = round(self.ours_mb / self.detectron2_mb, 3)
-
-
-@dataclass
-class Peer:
-    """Something else that does a part of the work."""
-
-    what: str
-    size: str
-    ms: Times
 
 
 def by_turns(runs: Sequence[Callable[[], T]], rounds: int) -> tuple[list[T], list[list[T]]]:
@@ -273,53 +210,10 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         **gpu,
         "cpu": cpu,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "detectron2": detectron2.__version__,
     }
-
-
-def report(
-    comparisons: Sequence[Comparison],
-    peers: Sequence[Peer],
-    settings: Mapping[str, Any],
-    json_file: Path | None,
-) -> None:
-    """Print tables; write everything as JSON where asked for."""
-    columns: dict[str, Callable[[Comparison], Any]] = {
-        "": lambda c: c.what,
-        "size": lambda c: c.size,
-        "classes": lambda c: c.classes,
-        "detections": lambda c: c.detections,
-        "outputs": lambda c: c.outputs,
-        "ours, ms an image": lambda c: c.ours_ms,
-        "Detectron2": lambda c: c.detectron2_ms,
-        "ratio": lambda c: f"{c.ratio:.2f}",
-        "floor, ms": lambda c: c.floor_ms and f"{c.floor_ms:.1f}",
-        "ours, MB": lambda c: c.ours_mb,
-        "Detectron2, MB": lambda c: c.detectron2_mb,
-        "share": lambda c: c.memory_share,
-        "ours, resident MB": lambda c: c.ours_resident_mb,
-        "Detectron2, resident MB": lambda c: c.detectron2_resident_mb,
-        "same answer": lambda c: "yes" if c.same_answer else "NO",
-    }
-    cells = {name: [value(c) for c in comparisons] for name, value in columns.items()}
-    cells = {k: column for k, column in cells.items() if any(v is not None for v in column)}
-    print(tabulate(cells, headers="keys", tablefmt="pipe", disable_numparse=True))
-    if peers:
-        rows = [(peer.what, peer.size, peer.ms) for peer in peers]
-        headers = ["others", "size", "ms an image"]
-        print("\n" + tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True))
-    if any(c.floor_ms for c in comparisons):
-        print("\nFloor: the arithmetic of direct convolutions at the measured peak.")
-    print("\nMedian and quartiles. " + ", ".join(f"{k} {v}" for k, v in settings.items()))
-    if json_file:
-        content = {
-            "environment": dict(settings),
-            "same_answer": all(c.same_answer for c in comparisons),
-            "comparisons": [asdict(comparison) for comparison in comparisons],
-            "peers": [asdict(peer) for peer in peers],
-        }
-        json_file.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,7 +1,6 @@
 """One image through both models: whole and stage by stage, time and memory."""
 
 import argparse
-import contextlib
 import functools
 import itertools
 import sys
@@ -16,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from panoptic_fpn_ext.config import OUTPUTS
 from panoptic_fpn_ext.modeling.postprocessing import PanopticPostprocessor
 
-from .frame import MB, Comparison, Peer, StageMemory, Stages, Times, by_turns
+from .frame import MB, StageMemory, Stages, by_turns
 from .models import (
     AFTER,
     DEPTHS,
@@ -26,18 +25,17 @@ from .models import (
     SETTINGS,
     UPSAMPLING,
     Batch,
-    Scene,
     Setting,
     agreement,
     agrees,
     build_both,
     config,
-    planted_scores,
 )
+from .peers import mask2former, torchvision_mask_rcnn
+from .precision import autocast, is_exact
+from .results import Comparison, Peer, Times
 
 OUTPUT_CHOICES = {"panoptic_seg": ["panoptic_seg"], "all": list(OUTPUTS)}
-# tf32 is float32 whose products GPUs have in less; PyTorch's default for convolutions alone.
-DTYPES = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 DETECTIONS = (10, 30, 100)
 # Of --growth; the first of each while another axis grows.
@@ -135,10 +133,9 @@ def compare(
     flops = counter.get_total_flops() / args.images
     floor = {"multiply_adds": round(flops / 2), "floor_ms": round(1000 * flops / peak, 3)}
 
-    exact = {args.precision, args.detectron2_precision or args.precision} == {"fp32"}
     rows = []
     for place, name in enumerate(postprocessors, 1):
-        same = agrees(found[name], exact=exact)
+        same = agrees(found[name], exact=is_exact(args))
 
         def row(stage: str, place: int = place, same: bool = same, **rest: Any) -> Comparison:
             ours_ms, detectron2_ms = (
@@ -167,11 +164,6 @@ def compare(
             } | ({} if stage else floor)
             rows.append(row(stage, outputs=name, agreement=found[name], **amounts))
     return rows
-
-
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    dtype = DTYPES[precision]
-    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
 
 def memory_of(
@@ -217,9 +209,6 @@ class MatrixProduct:
             return self._stages.time(lambda: self._matrix @ self._matrix)
 
 
-# What people would pick instead
-
-
 def time_peers(setting: Setting, detections: int, args: argparse.Namespace) -> list[Peer]:
     """Other networks of random weights, those that are installed, by turns."""
     builders: Iterable[Callable] = (torchvision_mask_rcnn, mask2former)
@@ -242,41 +231,3 @@ def time_peers(setting: Setting, detections: int, args: argparse.Namespace) -> l
     return [
         Peer(name, str(setting), Times.of(turn)) for name, turn in zip(runs, turns, strict=True)
     ]
-
-
-def torchvision_mask_rcnn(
-    setting: Setting, detections: int, device: torch.device
-) -> tuple[str, Callable]:
-    """Mask R-CNN with ResNet-50: instances alone, their masks at the size of the input."""
-    from torchvision.models.detection import maskrcnn_resnet50_fpn
-
-    height, width = setting.input_size
-    model = maskrcnn_resnet50_fpn(
-        weights=None,
-        weights_backbone=None,
-        num_classes=setting.num_things + 1,
-        box_detections_per_img=detections,
-        min_size=min(height, width),
-        max_size=max(height, width),
-    )
-    for name, value in model.state_dict().items():
-        if name.endswith("bn3.weight"):
-            value *= 0.1  # see build_both
-    model.to(device).eval()
-    model.roi_heads.box_predictor.register_forward_hook(
-        lambda _, inputs, outputs: (
-            planted_scores(outputs[0], detections, background=0),
-            outputs[1],
-        )
-    )
-    image = Scene(setting, detections, torch.device("cpu")).image.to(device) / 255
-    return f"torchvision Mask R-CNN R50, {detections} detections", lambda: model([image])
-
-
-def mask2former(setting: Setting, detections: int, device: torch.device) -> tuple[str, Callable]:
-    """Mask2Former with Swin-T: the network alone, nothing after it."""
-    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
-
-    model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig()).to(device).eval()
-    image = Scene(setting, detections, torch.device("cpu")).image.to(device)[None] / 255
-    return "transformers Mask2Former Swin-T, network alone", lambda: model(pixel_values=image)

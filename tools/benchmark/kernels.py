@@ -13,8 +13,9 @@ from torch.profiler import ProfilerActivity, profile
 from panoptic_fpn_ext.modeling.postprocessing import PanopticPostprocessor
 
 from .frame import Stages, environment
-from .inference import OUTPUT_CHOICES, autocast
+from .inference import OUTPUT_CHOICES
 from .models import DEPTHS, SETTINGS, Batch, Scene, build_both, config
+from .precision import autocast
 from .training import NUM_OBJECTS, Step
 
 DETECTIONS = 30
