@@ -52,6 +52,7 @@ if __name__ == "__main__":
             arguments.machine_rank,
             arguments.dist_url,
             args=(arguments, config),
+            device=config.MODEL.DEVICE,
         )
     except UserError as error:
         print(f"train_net.py: error: {error}", file=sys.stderr)

@@ -1,11 +1,13 @@
 """What several test modules share: small configs and random model inputs."""
 
+import functools
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # Kernels for GPUs are tested on CPUs too; Triton, which PyTorch imports, asks for this first.
 if not any(Path("/dev").glob("nvidia[0-9]*")):
@@ -32,10 +34,11 @@ SMALL = [
 ]
 
 
-def train_net(*arguments: str | Path) -> subprocess.CompletedProcess:
+def train_net(*arguments: str | Path, device: str = "cpu") -> subprocess.CompletedProcess:
     """Run the command line in a process of its own."""
+    options = ["MODEL.DEVICE", device] if torch.cuda.is_available() else []
     return subprocess.run(
-        [sys.executable, "train_net.py", *map(str, arguments)],
+        [sys.executable, "train_net.py", *map(str, arguments), *options],
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -54,12 +57,29 @@ def shapes() -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained(shapes, tmp_path_factory) -> Path:
-    """The output folder of a training run of 12 iterations."""
-    output = tmp_path_factory.mktemp("trained")
-    run = train_net("--config-file", CONFIG, *SMALL, "SOLVER.MAX_ITER", "12", "OUTPUT_DIR", output)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return output
+def train(shapes, tmp_path_factory) -> Callable[[str], Path]:
+    """From a device to the output folder of a training run of 12 iterations on it."""
+
+    @functools.cache
+    def train(device: str) -> Path:
+        output = tmp_path_factory.mktemp("trained")
+        arguments = "--config-file", CONFIG, *SMALL, "SOLVER.MAX_ITER", "12", "OUTPUT_DIR", output
+        run = train_net(*arguments, device=device)
+        assert run.returncode == 0, run.stderr[-3000:]
+        return output
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def trained(train) -> Path:
+    """The output folder of one on the CPU."""
+    return train("cpu")
+
+
+@pytest.fixture
+def trained_on_device(train, device: torch.device) -> Path:
+    return train(device.type)
 
 
 @pytest.fixture(autouse=True)
@@ -67,9 +87,23 @@ def _repeatable() -> None:
     torch.manual_seed(0)
 
 
-DEVICES = [torch.device("cpu")]
-if torch.cuda.is_available():
-    DEVICES.append(pytest.param(torch.device("cuda"), marks=pytest.mark.gpu))
+CPU = torch.device("cpu")
+
+
+def devices(num_gpus: int = 1) -> list:
+    """The CPU, and GPUs where there are so many."""
+    if torch.cuda.device_count() < num_gpus:
+        return [CPU]
+    return [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)]
+
+
+def on_devices(found: list) -> pytest.MarkDecorator:
+    """Instead of all that the fixture ``device`` has."""
+    return pytest.mark.parametrize("device", found, indirect=True, ids=lambda d: d.type)
+
+
+DEVICES = devices()
+on_cpu = on_devices([CPU])  # what is the same everywhere
 
 
 @pytest.fixture(params=DEVICES, ids=lambda device: device.type)
@@ -80,6 +114,12 @@ def device(request) -> Iterator[torch.device]:
     convolutions.allow_tf32 = products.allow_tf32 = False
     yield request.param
     convolutions.allow_tf32, products.allow_tf32 = before
+
+
+@pytest.fixture
+def rounding(device: torch.device) -> dict[str, float]:
+    """Of ``assert_close`` where it has its defaults on CPUs; GPUs convolve in many ways."""
+    return {} if device.type == "cpu" else {"atol": 1e-4, "rtol": 1e-3}
 
 
 @pytest.fixture
@@ -161,6 +201,15 @@ def training_batch() -> list[dict]:
         image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
         batch.append({"image": image, "instances": instances, "sem_seg": sem_seg})
     return batch
+
+
+def moved(output: Any, device: torch.device) -> Any:
+    """What a model returns, on a device."""
+    if isinstance(output, dict):
+        return {key: moved(value, device) for key, value in output.items()}
+    if isinstance(output, (list, tuple)):
+        return type(output)(moved(value, device) for value in output)
+    return output.to(device) if hasattr(output, "to") else output
 
 
 def assert_same_outputs(found: dict, expected: dict) -> None:

@@ -15,6 +15,7 @@ from panoptic_fpn_ext.engine import Trainer
 from panoptic_fpn_ext.evaluation import evaluator_builders
 from panoptic_fpn_ext.modeling.acceleration import PRECISIONS
 
+from .conftest import CPU
 from .data.tiny_dataset import TinyDataset
 
 
@@ -23,6 +24,12 @@ def config(*options):
     add_panoptic_fpn_config(cfg)
     cfg.merge_from_list(["DATASETS.TEST", "()", *options])
     return cfg
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Keys are the same everywhere."""
+    return CPU
 
 
 @pytest.fixture

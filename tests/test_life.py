@@ -24,6 +24,8 @@ from torchvision.ops import boxes as box_ops
 from panoptic_fpn_ext.engine import launch
 from panoptic_fpn_ext.engine.checkpoint import PanopticFPNCheckpointer
 
+from .conftest import devices, on_devices
+
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 0.1}
 batched_nms = box_ops.batched_nms
 
@@ -162,5 +164,7 @@ def live_with_each_norm(*args) -> None:
 
 
 @pytest.mark.slow
-def test_in_two_processes(detectron2_cfg, ext_cfg, training_batch, tmp_path):
-    launch(live_with_each_norm, 2, args=(detectron2_cfg, ext_cfg, training_batch, tmp_path))
+@on_devices(devices(num_gpus=2))
+def test_in_two_processes(detectron2_cfg, ext_cfg, training_batch, tmp_path, device):
+    arguments = detectron2_cfg, ext_cfg, training_batch, tmp_path
+    launch(live_with_each_norm, 2, args=arguments, device=device.type)

@@ -104,7 +104,8 @@ def test_a_faulty_file_in_a_data_loader_process_is_one_line(folder, outputs, pro
     config = (folder / "my.yaml").read_text().replace("my/train.json", "my/broken.json")
     (folder / "broken.yaml").write_text(config)
     command = f"python train_net.py --config-file broken.yaml --num-gpus {processes}"
-    run = bash(f"{command} DATALOADER.NUM_WORKERS 1 OUTPUT_DIR output/broken", folder)
+    options = "MODEL.DEVICE cpu DATALOADER.NUM_WORKERS 1 OUTPUT_DIR output/broken"
+    run = bash(f"{command} {options}", folder)
     assert run.returncode == 2, run.stderr[-2000:]
     line = run.stderr.strip().splitlines()[-1]
     assert re.fullmatch(

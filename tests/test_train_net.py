@@ -3,10 +3,25 @@
 import json
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog
+from detectron2.engine import DefaultPredictor
 
-from .conftest import CONFIG, SMALL, train_net
+from panoptic_fpn_ext import add_panoptic_fpn_config
+
+from .conftest import (
+    CONFIG,
+    CPU,
+    SMALL,
+    assert_same_outputs,
+    devices,
+    moved,
+    on_devices,
+    train_net,
+)
 
 # The published R50 config, which has frozen batch normalization, at toy size.
 TOY_R50 = [
@@ -25,7 +40,8 @@ def scores(output: Path) -> dict[str, float]:
     return json.loads((output / "inference" / "metrics.json").read_text())
 
 
-def test_training_writes_checkpoint_config_log_and_scores(trained):
+def test_training_writes_checkpoint_config_log_and_scores(trained_on_device):
+    trained = trained_on_device
     for name in ("model_final.pth", "config.yaml", "log.txt", "metrics.json"):
         assert (trained / name).is_file()
     found = scores(trained)
@@ -35,13 +51,22 @@ def test_training_writes_checkpoint_config_log_and_scores(trained):
     assert {"sem_seg/mIoU", "sem_seg/fwIoU", "segm/AP", "bbox/AP"} <= set(found)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_eval_only_repeats_the_scores_in_any_number_of_processes(trained, tmp_path, processes):
+GPUS = range(1, 1 + min(2, torch.cuda.device_count()))
+PROCESSES = [(CPU, 1), (CPU, 2)]
+PROCESSES += [pytest.param(torch.device("cuda"), n, marks=pytest.mark.gpu) for n in GPUS]
+
+
+@pytest.mark.parametrize(("device", "processes"), PROCESSES, indirect=["device"])
+def test_eval_only_repeats_the_scores_in_any_number_of_processes(
+    trained_on_device, tmp_path, processes, device
+):
+    trained = trained_on_device
     expected = [["panoptic_seg", "PQ", scores(trained)["panoptic_seg/PQ"], 0.01]]
     run = train_net(
         *("--config-file", CONFIG, "--eval-only", "--num-gpus", processes, *SMALL),
         *("MODEL.WEIGHTS", trained / "model_final.pth", "OUTPUT_DIR", tmp_path),
         *("TEST.EXPECTED_RESULTS", expected),
+        device=device.type,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     assert scores(tmp_path) == scores(trained)
@@ -70,11 +95,26 @@ def test_the_written_config_is_enough_to_evaluate(trained, tmp_path):
     assert not any(key.startswith(("sem_seg", "segm", "bbox")) for key in scores(tmp_path))
 
 
-def test_alternate_training_in_two_processes_resumes(shapes, tmp_path):
+def test_the_predictor_takes_the_checkpoint_to_any_device(trained, shapes, device):
+    cfg = get_cfg()
+    add_panoptic_fpn_config(cfg)
+    cfg.merge_from_file(str(trained / "config.yaml"))
+    cfg.MODEL.WEIGHTS = str(trained / "model_final.pth")
+    image = cv2.imread(DatasetCatalog.get("shapes_val")[0]["file_name"])
+    expected = DefaultPredictor(cfg)(image)
+    cfg.MODEL.DEVICE = device.type
+    found = DefaultPredictor(cfg)(image)
+    assert found["panoptic_seg"][0].device.type == device.type
+    assert_same_outputs(moved(found, CPU), expected)
+
+
+@on_devices(devices(num_gpus=2))
+def test_alternate_training_in_two_processes_resumes(shapes, tmp_path, device):
     arguments = ["--config-file", CONFIG, "--num-gpus", 2, "--resume", *SMALL]
     arguments += ["MODEL.PANOPTIC_FPN.TRAINING", "alternate"]
     for iterations in (2, 4):
-        run = train_net(*arguments, "SOLVER.MAX_ITER", iterations, "OUTPUT_DIR", tmp_path)
+        options = "SOLVER.MAX_ITER", iterations, "OUTPUT_DIR", tmp_path
+        run = train_net(*arguments, *options, device=device.type)
         assert run.returncode == 0, run.stderr[-3000:]
     assert "Starting training from iteration 2" in (tmp_path / "log.txt").read_text()
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"

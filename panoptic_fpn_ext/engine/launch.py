@@ -20,10 +20,11 @@ def launch(
     machine_rank: int = 0,
     dist_url: str = "auto",
     args: tuple = (),
+    device: str = "cuda",
 ) -> None:
     """Run ``main(*args)`` in ``num_processes`` processes on this machine.
 
-    With GPUs each process gets one and NCCL connects them; without, gloo does.
+    With GPUs each process gets one and NCCL connects them; without, or on CPUs, gloo does.
 
     Args:
         main: what to run; must be importable.
@@ -32,19 +33,26 @@ def launch(
         machine_rank: which of them this is.
         dist_url: where the processes meet, ``tcp://host:port``; ``"auto"`` on one machine.
         args: arguments of ``main``.
+        device: what the processes compute on (``MODEL.DEVICE``).
 
     Raises:
-        UserError: one that ``main`` raised, in whatever process; or several machines without a
-            ``dist_url``.
+        UserError: one that ``main`` raised, in whatever process; several machines without a
+            ``dist_url``; or fewer GPUs than processes.
     """
     if dist_url == "auto" and num_machines > 1:
         raise UserError("--dist-url is needed with several machines: tcp://HOST:PORT of the first")
+    on_gpus = torch.cuda.is_available() and device.startswith("cuda")
+    if on_gpus and num_processes > torch.cuda.device_count():
+        raise UserError(
+            f"--num-gpus {num_processes}, but this machine has {torch.cuda.device_count()}: lower "
+            "it, or set MODEL.DEVICE to cpu"
+        )
     try:
         with tempfile.TemporaryDirectory() as folder:
             if dist_url == "auto":
                 dist_url = f"file://{folder}/rendezvous"  # no port that another run may have
             worker_args = (main, num_processes, num_machines, machine_rank, dist_url, args)
-            if torch.cuda.is_available() or num_processes * num_machines <= 1:
+            if on_gpus or num_processes * num_machines <= 1:
                 detectron2_launch(*worker_args)
             else:
                 mp.spawn(_cpu_worker, worker_args, nprocs=num_processes)

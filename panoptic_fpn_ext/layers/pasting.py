@@ -1,7 +1,15 @@
 """Masks of boxes brought to the image, only where and when they are needed."""
 
+import functools
+from typing import TYPE_CHECKING
+
 import torch
 from detectron2.layers import paste_masks_in_image
+
+from .trial import kernels_for
+
+if TYPE_CHECKING:
+    from .kernels import MaskBits
 
 
 class PastedMasks:
@@ -25,20 +33,35 @@ class PastedMasks:
             size: (height, width) of the image.
             threshold: a pixel is in the mask from this probability on.
         """
-        # GPUs may round what they multiply in float32 (TF32), which interpolation does not.
-        dtype = torch.float64 if probabilities.is_cuda else torch.float32
-        self.probabilities = probabilities.to(dtype)
+        self.probabilities = probabilities
         self.boxes = boxes
         self.size = size
         self.threshold = threshold
         # One pixel of margin, as Detectron2 has it.
-        edge = boxes.new_tensor([size[1], size[0]])
-        first = torch.minimum((boxes[:, :2].floor() - 1).clamp(min=0), edge)
-        last = torch.minimum(boxes[:, 2:].ceil() + 1, edge).maximum(first)
-        self._windows = torch.cat([first, last], dim=1).int().tolist()
-        self._box_list = boxes.tolist()
-        self._positions = torch.arange(probabilities.shape[-1], dtype=dtype, device=boxes.device)
+        first, last = (boxes[:, :2].floor() - 1).clamp_(min=0), boxes[:, 2:].ceil() + 1
+        for corner in (first, last):
+            corner[:, 0].clamp_(max=size[1])
+            corner[:, 1].clamp_(max=size[0])
+        self._window_tensor = torch.cat([first, torch.maximum(first, last)], dim=1).int()
         self._dense: torch.Tensor | None = None
+
+    @functools.cached_property
+    def _exact(self) -> torch.Tensor:
+        # GPUs may round what they multiply in float32 (TF32), which interpolation does not.
+        return self.probabilities.to(torch.float64 if self.boxes.is_cuda else torch.float32)
+
+    @functools.cached_property
+    def _windows(self) -> list[list[int]]:
+        return self._window_tensor.tolist()
+
+    @functools.cached_property
+    def _box_list(self) -> list[list[float]]:
+        return self.boxes.tolist()
+
+    @functools.cached_property
+    def _positions(self) -> torch.Tensor:
+        number = self.probabilities.shape[-1]
+        return torch.arange(number, dtype=self._exact.dtype, device=self.boxes.device)
 
     def __len__(self) -> int:
         return len(self.probabilities)
@@ -49,7 +72,7 @@ class PastedMasks:
         window = slice(y0, y1), slice(x0, x1)
         if self._dense is not None:
             return window, self._dense[index][window]
-        mask, box = self.probabilities[index], self._box_list[index]
+        mask, box = self._exact[index], self._box_list[index]
         rows = self._sampling_matrix(y0, y1, box[1], box[3])
         columns = self._sampling_matrix(x0, x1, box[0], box[2])
         return window, rows @ mask @ columns.t() >= self.threshold
@@ -61,7 +84,22 @@ class PastedMasks:
             self._dense = self._paste_all()
         return self._dense
 
+    def bits(self, order: torch.Tensor | None = None) -> "MaskBits":
+        """All masks as bits, by kernels that must work here; nothing waits for the GPU.
+
+        Args:
+            order: (M,) which of the masks; by default all.
+        """
+        from .kernels import pasted_bits  # Triton is not everywhere
+
+        inputs = self.probabilities, self.boxes, self._window_tensor
+        if order is not None:
+            inputs = (x[order] for x in inputs)
+        return pasted_bits(*inputs, self.size, self.threshold)
+
     def _paste_all(self) -> torch.Tensor:
+        if kernels_for(self.boxes):
+            return self.bits().unpacked()
         if self.boxes.is_cuda:  # a few large kernels there instead of many small ones
             return paste_masks_in_image(
                 self.probabilities.float(), self.boxes, self.size, self.threshold

@@ -9,9 +9,7 @@ where somebody records what is done, the two steps are taken.
 """
 
 import functools
-import logging
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +19,8 @@ from torch.nn import functional as F
 
 from ..errors import UserError
 from .argmax import argmax_classes
-from .stand_in import is_eager, is_eager_on_cpu
-
-logger = logging.getLogger(__name__)
+from .stand_in import is_eager_on_cpu
+from .trial import kernels_for
 
 BLOCK = 16  # rows or columns of the output computed at once, at least
 # What CPUs have cache for: values in a block, as far as its size is free, and values held that are
@@ -56,7 +53,7 @@ def upsampled_labels(
         (height, width) int64.
     """
     sizes = {"stride": stride, "image_size": image_size, "size": size}
-    if kernels := _kernels_for(logits):
+    if kernels := kernels_for(logits):
         return kernels.upsampled_labels(logits, **sizes)
     if not is_eager_on_cpu(logits.float()):
         return upsampled(logits, **sizes)[1]
@@ -175,7 +172,7 @@ def upsampled_cross_entropy(
     """
     # Small weighted terms are summed: half precision loses them.
     with torch.autocast(logits.device.type, enabled=False):
-        if kernels := _kernels_for(logits):
+        if kernels := kernels_for(logits):
             return kernels.UpsampledCrossEntropy.apply(logits, targets, stride, ignore_value)
         logits = logits.float()
         counted = targets != ignore_value
@@ -185,43 +182,6 @@ def upsampled_cross_entropy(
             return _UpsampledCrossEntropy.apply(logits, targets, counted, number, stride)
         full = _upsample(logits, stride)
         return F.cross_entropy(full, targets, ignore_index=ignore_value, reduction="sum") / number
-
-
-def _kernels_for(logits: torch.Tensor) -> ModuleType | None:
-    """The Triton kernels, if they are for ``logits`` and work where those are."""
-    if not logits.is_cuda or logits.dtype == torch.float64 or not is_eager(logits):
-        return None
-    return _tried_kernels(logits.device)
-
-
-@functools.cache
-@torch.inference_mode(False)
-def _tried_kernels(device: torch.device) -> ModuleType | None:
-    """The Triton kernels, if on a small example they do what the plain operators do."""
-    try:
-        from . import kernels
-
-        generator = torch.Generator().manual_seed(0)
-        logits = torch.randn(1, 5, 6, 7, generator=generator).to(device)
-        targets = torch.randint(0, 6, (1, 24, 28), generator=generator).to(device)
-        with torch.enable_grad():
-            logits.requires_grad_()
-            losses = [
-                kernels.UpsampledCrossEntropy.apply(logits, targets, 4, 5),
-                F.cross_entropy(_upsample(logits, 4), targets, ignore_index=5),  # 5 is no class
-            ]
-            gradients = [torch.autograd.grad(loss, logits)[0] for loss in losses]
-        sizes = {"stride": 4, "image_size": (23, 27), "size": (40, 30)}
-        labels = kernels.upsampled_labels(logits.detach()[0], **sizes)
-        agreement = (labels == upsampled(logits.detach()[0], **sizes)[1]).float().mean()
-        torch.testing.assert_close(*losses, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-3)
-        torch.testing.assert_close(agreement.item(), 1.0, atol=0.01, rtol=0)
-    except Exception as error:  # what a compiler that lacks something raises is its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        logger.warning("Triton kernels do not work on %s (%s): plain operators", device, reason)
-        return None
-    return kernels
 
 
 def _check_targets(targets: torch.Tensor, num_classes: int, ignore_value: int) -> None:

@@ -4,7 +4,10 @@
 """
 
 import contextlib
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -151,6 +154,20 @@ class Acceleration:
         """The context of inference."""
         dtype = PRECISIONS[self.precision]
         return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+
+
+def on_own_gpu(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward`` of a model with the GPU that it is on, if any, as the current one: that is where
+    kernels and graphs run."""
+
+    @functools.wraps(forward)
+    def on_gpu(self: nn.Module, *args: Any, **options: Any) -> Any:
+        if self.device.type != "cuda":
+            return forward(self, *args, **options)
+        with torch.cuda.device(self.device):
+            return forward(self, *args, **options)
+
+    return on_gpu
 
 
 def planar(features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -24,9 +24,6 @@ MAX_MASKS = 32
 RPN_MAX_PIXELS = 2**16
 RPN_STRIP_PIXELS = 2**14
 
-# A box without area at this place, far outside of any image, has no samples: RoIAlign gives zeros.
-NOWHERE = -1e5
-
 
 class LeanResNet(StandIn, ResNet):
     """Detectron2's, which on GPUs finds what its normalizations fold into the weights of all its
@@ -263,7 +260,8 @@ class LeanROIPooler(StandIn, ROIPooler):
         levels = assign_boxes_to_levels(
             box_lists, self.min_level, self.max_level, self.canonical_box_size, self.canonical_level
         )
-        nowhere = torch.full_like(boxes[:1], -1e5)
+        # Without area, far outside of any image; half precision has it, too.
+        nowhere = torch.full_like(boxes[:1], -3e4)
         nowhere[:, 0] = 0
         pooled: list[torch.Tensor] = []
         for level, pooler in enumerate(self.level_poolers):

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling.postprocessing import detector_postprocess
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 
 from ..config import OUTPUTS
 from ..errors import UserError
 from ..layers.pasting import PastedMasks
 from ..layers.resizing import upsampled, upsampled_labels
-from .merging import merge_panoptic
+from .merging import merge_panoptic, merges_at_once
 
 
 class PanopticPostprocessor:
@@ -100,11 +100,15 @@ class PanopticPostprocessor:
             elif "panoptic_seg" in self.outputs:
                 labels = upsampled_labels(sem_seg, **sizes)
             if instances is not None:
-                instances = _rescaled(instances, size)
+                # To know which boxes have an area is to wait for a GPU.
+                all_of_them = "instances" not in self.outputs and merges_at_once(labels)
+                instances = _rescaled(instances, size, drop_empty=not all_of_them)
                 if "instances" in self.outputs and instances.has("pred_masks"):
                     instances.pred_masks.dense()  # merging takes its parts from there
             if "panoptic_seg" in self.outputs:
-                result["panoptic_seg"] = merge_panoptic(instances, labels, **self.merging)
+                result["panoptic_seg"] = merge_panoptic(
+                    instances, labels, num_classes=len(sem_seg), **self.merging
+                )
             if "instances" in self.outputs:
                 if instances.has("pred_masks"):
                     instances.pred_masks = instances.pred_masks.dense()
@@ -112,9 +116,20 @@ class PanopticPostprocessor:
         return result
 
 
-def _rescaled(instances: Instances, size: tuple[int, int]) -> Instances:
-    """Instances at the size of the original image, masks as :class:`PastedMasks`."""
+def _rescaled(instances: Instances, size: tuple[int, int], *, drop_empty: bool = True) -> Instances:
+    """Instances at the size of the original image, masks as :class:`PastedMasks`; without
+    ``drop_empty`` also those whose box has no area there."""
     fields = dict(instances.get_fields())
+    if not drop_empty:
+        boxes = fields["pred_boxes"].tensor.clone()
+        for axis in (0, 1):
+            length, before = size[1 - axis], instances.image_size[1 - axis]
+            boxes[:, axis::2].mul_(length / before).clamp_(0, length)
+        fields["pred_boxes"] = Boxes(boxes)
+        # As if the others had been dropped.
+        fields["numbers"] = (boxes[:, 2:] > boxes[:, :2]).all(dim=1).cumsum(0) - 1
+        fields["pred_masks"] = PastedMasks(fields["pred_masks"][:, 0], boxes, size)
+        return Instances(size, **fields)
     # Under another name, detector_postprocess selects the masks but does not paste them.
     masks = fields.pop("pred_masks", None)
     if masks is not None:

@@ -13,6 +13,14 @@ from torch import nn
 from panoptic_fpn_ext import UserError
 from panoptic_fpn_ext.engine.checkpoint import PanopticFPNCheckpointer
 
+from ..conftest import CPU
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Files are the same everywhere."""
+    return CPU
+
 
 @pytest.fixture
 def checkpoint(ext_cfg, tmp_path):

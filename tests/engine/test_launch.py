@@ -25,6 +25,13 @@ def test_one_process_runs_here():
     assert called == ["argument"]
 
 
+def test_more_processes_than_gpus_are_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="--num-gpus 3, but this machine has 2: lower it"):
+        launch(print, 3)
+
+
 def report(folder: Path) -> None:
     """Write where this process is; rank 3 then fails."""
     ranks_here = torch.tensor([comm.get_rank()])
@@ -51,7 +58,8 @@ def test_two_machines_of_two_processes(tmp_path, monkeypatch):
         url = f"tcp://127.0.0.1:{free.getsockname()[1]}"
     with ThreadPoolExecutor() as pool:  # each machine's command waits for its processes
         first, second = (
-            pool.submit(launch, report, 2, 2, machine, url, (tmp_path,)) for machine in range(2)
+            pool.submit(launch, report, 2, 2, machine, url, (tmp_path,), "cpu")
+            for machine in range(2)
         )
         assert first.result() is None
         with pytest.raises(UserError, match="^of rank 3$"):

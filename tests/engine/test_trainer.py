@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections import Counter
 from itertools import islice
 
@@ -15,6 +16,7 @@ from torch import nn
 from panoptic_fpn_ext import PanopticFPNMapper, UserError, add_panoptic_fpn_config
 from panoptic_fpn_ext.engine import Trainer, trainer
 
+from ..conftest import CPU, on_cpu
 from ..data.tiny_dataset import TinyDataset
 
 CAR_CATEGORY, PERSON_CATEGORY = 7, 9  # of the tiny dataset
@@ -42,11 +44,11 @@ def config(**solver):
     return cfg
 
 
-def small_model() -> nn.Module:
+def small_model(device: torch.device = CPU) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.Linear(2, 2))
     model[2].requires_grad_(False)
-    return model
+    return model.to(device)
 
 
 def gradients(passes: int) -> list[list[dict[str, torch.Tensor]]]:
@@ -102,15 +104,15 @@ def reference(optimizer: str, clipping: str, steps, nesterov=False) -> dict[str,
 @pytest.mark.parametrize("clipping", ["off", "value", "norm", "full_model"])
 @pytest.mark.parametrize("amp", [False, True])
 @pytest.mark.parametrize("optimizer_name", ["SGD", "ADAMW"])
-def test_optimizers_make_the_steps_of_their_formulas(optimizer_name, amp, clipping, passes):
+def test_optimizers_make_the_steps_of_their_formulas(optimizer_name, amp, clipping, passes, device):
     nesterov = passes == 2
     cfg = config(OPTIMIZER=optimizer_name, NESTEROV=nesterov)
     cfg.SOLVER.CLIP_GRADIENTS.ENABLED = clipping != "off"
     if clipping != "off":
         cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = clipping
-    model = small_model()
+    model = small_model(device)
     optimizer = Trainer.build_optimizer(cfg, model)
-    scaler = torch.amp.GradScaler("cpu", init_scale=AMP_SCALE, enabled=amp)
+    scaler = torch.amp.GradScaler(device.type, init_scale=AMP_SCALE, enabled=amp)
     steps = gradients(passes)
 
     def step(grads: list[dict[str, torch.Tensor]]) -> None:
@@ -118,7 +120,7 @@ def test_optimizers_make_the_steps_of_their_formulas(optimizer_name, amp, clippi
         optimizer.zero_grad()
         for passed in grads:
             named = dict(model.named_parameters())
-            loss = sum((named[name] * grad).sum() for name, grad in passed.items())
+            loss = sum((named[name] * grad.to(device)).sum() for name, grad in passed.items())
             scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -135,7 +137,7 @@ def test_optimizers_make_the_steps_of_their_formulas(optimizer_name, amp, clippi
 
     expected = reference(optimizer_name, clipping, steps, nesterov)
     for name, p in model.named_parameters():
-        torch.testing.assert_close(p.detach(), expected[name], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(p.detach().cpu(), expected[name], atol=1e-5, rtol=1e-5)
 
 
 def test_clipping_changes_the_steps_of_the_test_above():
@@ -172,12 +174,23 @@ def training_cfg(shapes, ext_cfg, tmp_path, caplog):
     return cfg
 
 
-def test_a_training_is_resumed_but_not_with_other_classes(training_cfg, tmp_path):
-    Trainer(training_cfg).train()
-    resumed = Trainer(training_cfg)
-    resumed.resume_or_load(resume=True)
-    assert resumed.start_iter == 1
+MODES = [(CPU, False)]
+if torch.cuda.is_available():  # mixed precision is for GPUs
+    cuda = torch.device("cuda")
+    MODES += [pytest.param(cuda, amp, marks=pytest.mark.gpu) for amp in (False, True)]
+
+
+@pytest.mark.parametrize(("device", "amp"), MODES, indirect=["device"])
+def test_a_training_is_resumed_but_not_with_other_classes(training_cfg, tmp_path, amp):
     cfg = training_cfg
+    cfg.SOLVER.AMP.ENABLED = amp
+    cfg.SOLVER.MAX_ITER = 2
+    Trainer(cfg).train()
+    resumed = Trainer(cfg)
+    resumed.resume_or_load(resume=True)
+    assert resumed.start_iter == 2
+    last = json.loads((tmp_path / "metrics.json").read_text().splitlines()[-1])
+    assert all(math.isfinite(last[f"loss_{name}"]) for name in ("sem_seg", "mask", "rpn_cls"))
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 2
     with TinyDataset(tmp_path / "tiny").registered() as name:
         cfg.DATASETS.TRAIN = (name,)
@@ -186,6 +199,7 @@ def test_a_training_is_resumed_but_not_with_other_classes(training_cfg, tmp_path
             other.resume_or_load(resume=True)
 
 
+@on_cpu
 @pytest.mark.parametrize("instances", [False, True])
 @pytest.mark.parametrize("square_root", [True, False])
 def test_images_with_rare_things_are_repeated(training_cfg, tmp_path, square_root, instances):
@@ -213,6 +227,7 @@ def test_images_with_rare_things_are_repeated(training_cfg, tmp_path, square_roo
     assert times == {1: 2 * repeats, **dict.fromkeys(range(2, 9), 2)}
 
 
+@on_cpu
 def test_things_are_told_from_stuff_where_segments_do_not_say(training_cfg, monkeypatch):
     """As in Detectron2's Cityscapes, whose things and stuff share one range of ids."""
     cfg = training_cfg
@@ -238,6 +253,7 @@ def test_things_are_told_from_stuff_where_segments_do_not_say(training_cfg, monk
     assert times == {0: 1, 1: 1, 2: 1, 3: 2}  # of the ship's frequency of 1 / 4
 
 
+@on_cpu
 @pytest.mark.parametrize("filtered", [True, False])
 def test_images_without_things_are_filtered_where_they_are_repeated(
     training_cfg, tmp_path, filtered
@@ -257,6 +273,7 @@ def test_images_without_things_are_filtered_where_they_are_repeated(
     assert {len(record["instances"]) for record in batches} == {2, *({} if filtered else {0})}
 
 
+@on_cpu
 @pytest.mark.parametrize("is_main", [True, False])
 def test_scores_are_written_as_json_by_one_process(training_cfg, tmp_path, monkeypatch, is_main):
     results = {"panoptic_seg": {"PQ": 12.5, "PQ-cat": float("nan")}}
@@ -270,6 +287,7 @@ def test_scores_are_written_as_json_by_one_process(training_cfg, tmp_path, monke
         assert json.loads(path.read_text()) == expected
 
 
+@on_cpu
 @pytest.mark.parametrize("names", [("shapes_val",), ("shapes_val", "shapes_train")])
 def test_each_of_several_datasets_has_a_folder(training_cfg, tmp_path, monkeypatch, names):
     folders = []
@@ -283,6 +301,7 @@ def test_each_of_several_datasets_has_a_folder(training_cfg, tmp_path, monkeypat
     assert folders == [str(inference / n if len(names) > 1 else inference) for n in names]
 
 
+@on_cpu
 def test_images_are_evaluated_as_they_are(training_cfg):
     training_cfg.INPUT.MIN_SIZE_TEST = 32
     loader = Trainer.build_test_loader(training_cfg, "shapes_val")

@@ -13,6 +13,8 @@ from detectron2.utils import comm
 
 from panoptic_fpn_ext.data.panoptic_png import read_panoptic_png
 
+from ..conftest import moved
+
 
 def prediction(rng: np.random.Generator, record: dict, num_things: int, num_stuff: int) -> dict:
     """The ground truth of an image, shifted, with wrong categories, lost and doubled segments."""
@@ -48,7 +50,7 @@ def prediction(rng: np.random.Generator, record: dict, num_things: int, num_stuf
 
 
 @pytest.fixture
-def shapes_predictions(shapes) -> tuple[list[dict], list[dict]]:
+def shapes_predictions(shapes, device: torch.device) -> tuple[list[dict], list[dict]]:
     """The records of ``shapes_val``, as the test loader gives them, and outputs for them."""
     metadata = MetadataCatalog.get("shapes_val")
     rng = np.random.default_rng(0)
@@ -57,7 +59,7 @@ def shapes_predictions(shapes) -> tuple[list[dict], list[dict]]:
         for record in DatasetCatalog.get("shapes_val")
     ]
     sizes = len(metadata.thing_classes), len(metadata.stuff_classes)
-    return records, [prediction(rng, record, *sizes) for record in records]
+    return records, moved([prediction(rng, record, *sizes) for record in records], device)
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from panoptic_fpn_ext.evaluation import DETECTRON2_EVALUATOR_REGISTRY, EVALUATOR
 from panoptic_fpn_ext.evaluation.cityscapes_instances import CityscapesInstanceEvaluator
 from panoptic_fpn_ext.evaluation.cityscapes_sem_seg import CityscapesSemSegEvaluator
 
+from ..conftest import moved
 from .conftest import in_parts
 
 CLASSES = [trainId2label[i].name for i in range(19)]
@@ -234,9 +235,12 @@ def test_instance_scores_equal_cityscapesscripts(dataset, seed, number):
 
 
 @pytest.mark.parametrize("name", ["cityscapes_sem_seg", "cityscapes_instances"])
-def test_detectron2s_evaluators_take_our_datasets_and_agree(dataset, tmp_path, monkeypatch, name):
+def test_detectron2s_evaluators_take_our_datasets_and_agree(
+    dataset, tmp_path, monkeypatch, name, device
+):
     monkeypatch.chdir(tmp_path)  # where cityscapesscripts leaves a matches.json
     records, outputs, _ = dataset(5, 6)
+    outputs = moved(outputs, device)
     ours = evaluate(EVALUATOR_REGISTRY.get(name)(NAME, str(tmp_path)), records, outputs)
     theirs = DETECTRON2_EVALUATOR_REGISTRY.get(name)(NAME, str(tmp_path))
     try:

@@ -71,8 +71,10 @@ def gradients(network: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in network.named_parameters()}
 
 
-def test_outputs_gradients_and_state_are_equal(pair):
-    x = images()
+def test_outputs_gradients_and_state_are_equal(pair, device):
+    x = images().to(device)
+    for network in pair:
+        network.to(device)
     assert_close(pair[1](x), pair[0](x), **CLOSE)
     assert_close(gradients(pair[1], x), gradients(pair[0], x), **CLOSE)
     assert_close(pair[1].state_dict(), pair[0].state_dict())

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from panoptic_fpn_ext import UserError
-from panoptic_fpn_ext.layers import resizing
+from panoptic_fpn_ext.layers import resizing, trial
 from panoptic_fpn_ext.layers.resizing import (
     upsampled,
     upsampled_cross_entropy,
@@ -191,7 +191,7 @@ def test_logits_in_half_precision_are_resized_in_full(dtype):
 def test_kernels_are_taken_only_where_they_work(monkeypatch, caplog, fault):
     """As if the CPU were a GPU."""
     kernels = pytest.importorskip("panoptic_fpn_ext.layers.kernels")
-    resizing._tried_kernels.cache_clear()
+    trial._tried_kernels.cache_clear()
     if fault == "missing":
         monkeypatch.setitem(sys.modules, "panoptic_fpn_ext.layers.kernels", None)
         monkeypatch.delattr("panoptic_fpn_ext.layers.kernels")
@@ -200,7 +200,7 @@ def test_kernels_are_taken_only_where_they_work(monkeypatch, caplog, fault):
             kernels.UpsampledCrossEntropy, "apply", lambda logits, *args: logits.sum()
         )
     for _ in range(2):
-        found = resizing._tried_kernels(torch.device("cpu"))
+        found = trial._tried_kernels(torch.device("cpu"))
         assert found is (None if fault else kernels)
     assert caplog.text.count("Triton kernels do not work on cpu") == bool(fault)
-    resizing._tried_kernels.cache_clear()
+    trial._tried_kernels.cache_clear()

@@ -197,12 +197,12 @@ class TestGroupedFPN:
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("[!B]*.yaml")), ids=lambda path: path.stem)
-def test_configs_train_and_predict_at_any_size(path):
+def test_configs_train_and_predict_at_any_size(path, device):
     cfg = get_cfg()
     add_panoptic_fpn_config(cfg)
     cfg.merge_from_file(str(path))
     assert cfg.MODEL.RESNETS.DEPTH == 101
-    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.DEVICE = 50, "cpu"
+    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.DEVICE = 50, device.type
     model = build_model(cfg)
     height, width = 50, 75  # multiples of nothing
     inputs = [{"image": torch.rand(3, height, width) * 255, "height": 40, "width": 60}]

@@ -82,7 +82,7 @@ def test_proposals_are_equal(min_size):
 
 @pytest.mark.parametrize("kind", ["smooth_l1", "giou"])
 @pytest.mark.parametrize("beta", [0.0, 0.3])
-def test_rpn_losses_and_gradients_are_equal(kind, beta):
+def test_rpn_losses_and_gradients_are_equal(kind, beta, rounding):
     options = {"MODEL.RPN.BBOX_REG_LOSS_TYPE": kind, "MODEL.RPN.SMOOTH_L1_BETA": beta}
     models = make_rpn(**options, **{"MODEL.RPN.BBOX_REG_LOSS_WEIGHT": 2.0})
     images, features, gt = rpn_inputs()
@@ -97,7 +97,7 @@ def test_rpn_losses_and_gradients_are_equal(kind, beta):
     (theirs, *expected), (ours, *rest) = found
     assert expected[0]["loss_rpn_loc"] > 0
     assert_same_proposals(ours, theirs)
-    assert_close(rest, expected)
+    assert_close(rest, expected, **rounding)
 
 
 @pytest.mark.parametrize("where", ["boxes", "scores", "both"])
@@ -124,7 +124,7 @@ def test_what_is_not_finite_is_no_proposal_and_stops_training(where):
 
 @pytest.mark.parametrize("aligned", ["ROIAlign", "ROIAlignV2", "ROIPool"])
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
-def test_pooled_features_and_gradients_are_equal(as_on_a_gpu, aligned, sampling_ratio):
+def test_pooled_features_and_gradients_are_equal(as_on_a_gpu, aligned, sampling_ratio, rounding):
     plain = ROIPooler(5, [1 / 4, 1 / 8, 1 / 16], sampling_ratio, aligned, canonical_box_size=32)
     pooler = accelerate(copy.deepcopy(plain))
     maps = [torch.randn(3, 2, 64 // s, 96 // s, requires_grad=True) for s in (4, 8, 16)]
@@ -136,9 +136,23 @@ def test_pooled_features_and_gradients_are_equal(as_on_a_gpu, aligned, sampling_
         pooled = each(maps, boxes)
         weights = torch.linspace(-1, 1, pooled.numel()).view_as(pooled)
         found.append((pooled, torch.autograd.grad((pooled * weights).sum(), maps)))
-    assert_close(*found)
+    assert_close(*found, **rounding)
     none = [Boxes(torch.zeros(0, 4))] * 3
     assert pooler(maps, none).shape == (0, 2, 5, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
+def test_pooling_in_half_precision(as_on_a_gpu, dtype, sampling_ratio):
+    plain = ROIPooler(5, [1 / 4, 1 / 8], sampling_ratio, "ROIAlignV2", canonical_box_size=32)
+    maps = [torch.randn(1, 2, 64 // s, 96 // s, dtype=dtype) for s in (4, 8)]
+    boxes = [Boxes(make_boxes(20))]
+    with torch.autocast(maps[0].device.type, dtype):
+        found, expected = (
+            pooler(maps, boxes) for pooler in (accelerate(copy.deepcopy(plain)), plain)
+        )
+    assert found.dtype == expected.dtype == dtype
+    assert_close(found, expected)
 
 
 @pytest.mark.parametrize("agnostic", [False, True])

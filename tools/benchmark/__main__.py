@@ -7,6 +7,7 @@
     python tools/benchmark training --images 2
     python tools/benchmark acceleration
     python tools/benchmark launches
+    python tools/benchmark plot inference.json training.json --output speed.svg
     python tools/benchmark evaluation --sizes 1024x2048
     python tools/benchmark eval-only --config-file configs/quickstart.yaml \\
         --opts MODEL.WEIGHTS output/quickstart/model_final.pth
@@ -38,6 +39,7 @@ from benchmark.inference import DETECTIONS, OUTPUT_CHOICES, inference
 from benchmark.kernels import kernels
 from benchmark.launches import launches
 from benchmark.models import DEPTHS, SETTINGS, Setting
+from benchmark.plot import plot
 from benchmark.precision import DTYPES
 from benchmark.results import report
 from benchmark.table import table
@@ -73,6 +75,12 @@ def device(text: str) -> torch.device:
     if text == "cuda" and not torch.cuda.is_available():
         raise argparse.ArgumentTypeError("PyTorch finds no CUDA GPU here: use cpu")
     return torch.device(text)
+
+
+def picture(text: str) -> Path:
+    if not text.endswith((".svg", ".png")):
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .svg or .png")
+    return Path(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -176,6 +184,13 @@ def parser() -> argparse.ArgumentParser:
     command = subcommands.add_parser("table", help="a short table of what the others have written")
     command.add_argument("files", type=Path, nargs="+", metavar="FILE.json")
     command.set_defaults(tell=table, threads=None)
+
+    command = subcommands.add_parser(
+        "plot", help="one picture of what the others have written: how many times as fast"
+    )
+    command.add_argument("files", type=Path, nargs="+", metavar="FILE.json")
+    command.add_argument("--output", type=picture, required=True, metavar="FILE.svg|png")
+    command.set_defaults(tell=plot, threads=None)
 
     command = subcommands.add_parser(
         "training", parents=[common, models], help="a training step, and the data path"

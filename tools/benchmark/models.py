@@ -244,7 +244,7 @@ PARTS = (
     (panoptic_fpn, "detector_postprocess", MERGING),
     (postprocessing, "upsampled", UPSAMPLING),
     (postprocessing, "upsampled_labels", UPSAMPLING),
-    (postprocessing, "detector_postprocess", MERGING),
+    (postprocessing, "_rescaled", MERGING),
 )
 """Functions of Detectron2's model and of ours with which a part of "after the network" begins. The
 class of each pixel is found while upsampling in ours, before merging in Detectron2's."""

@@ -3,12 +3,25 @@
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tabulate import tabulate
+
+from panoptic_fpn_ext import UserError
+
+WHOLE = (
+    "whole image",
+    "after the network",
+    "training step",
+    "semantic head's step, sum",
+    "data",
+    "PQ + mIoU + AP",
+    "eval-only",
+)
+"""What is told of a file in short; of one without these everything."""
 
 
 @dataclass
@@ -62,6 +75,16 @@ class Comparison:
         if self.ours_mb is not None and self.detectron2_mb:
             self.memory_share = round(self.ours_mb / self.detectron2_mb, 3)
 
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> "Comparison":
+        """From what :func:`report` has written of one."""
+        given = {f.name: content[f.name] for f in fields(cls) if f.init and f.name in content}
+        times = {side: Times(**given[side]) for side in ("ours_ms", "detectron2_ms")}
+        comparison = cls(**{**given, **times})
+        if not (isinstance(comparison.what, str) and 0 < comparison.ratio < float("inf")):
+            raise ValueError
+        return comparison
+
 
 @dataclass
 class Peer:
@@ -114,3 +137,27 @@ def report(
             "peers": [asdict(peer) for peer in peers],
         }
         json_file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def read(file: Path) -> tuple[dict[str, Any], list[Comparison]]:
+    """
+    Returns:
+        All that a command of the benchmark has written, and its comparisons, those that tell the
+        whole.
+
+    Raises:
+        UserError: not such a file.
+    """
+    try:
+        content = json.loads(file.read_text())
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("environment"), dict):
+        raise UserError(f"{file}: not written by this benchmark: it has no environment")
+    try:
+        comparisons = [Comparison.of(c) for c in content.get("comparisons", ())]
+    except (TypeError, KeyError, AttributeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"{file}: its comparisons are not as this benchmark writes them") from error
+    return content, [c for c in comparisons if c.what.startswith(WHOLE)] or comparisons

@@ -19,7 +19,7 @@ from torch import nn
 
 from ...config import OUTPUTS, resolve_config
 from ...errors import UserError
-from ..acceleration import Acceleration, planar
+from ..acceleration import Acceleration, on_own_gpu, planar
 from ..lean import LeanRPN
 from ..postprocessing import PanopticPostprocessor
 from ..semantic_head import logits_for_postprocessing
@@ -142,6 +142,7 @@ class PanopticFPNExt(GeneralizedRCNN):
             "pixel_std": cfg.MODEL.PIXEL_STD,
         }
 
+    @on_own_gpu
     def forward(
         self, batched_inputs: list[dict[str, Any]]
     ) -> dict[str, torch.Tensor] | list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, SemanticSegmentor
 from detectron2.structures import ImageList
 
 from ...config import resolve_config
-from ..acceleration import Acceleration
+from ..acceleration import Acceleration, on_own_gpu
 from ..postprocessing import PanopticPostprocessor
 from ..semantic_head import logits_for_postprocessing
 from .padding import padded
@@ -38,6 +38,7 @@ class SemanticFPN(SemanticSegmentor):
         cfg = resolve_config(cfg)
         return {**super().from_config(cfg), "acceleration": Acceleration.from_config(cfg)}
 
+    @on_own_gpu
     def forward(
         self, batched_inputs: list[dict[str, Any]]
     ) -> dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from ...config import resolve_config
 from ...errors import UserError
-from ..acceleration import Acceleration, planar
+from ..acceleration import Acceleration, on_own_gpu, planar
 from ..postprocessing import PanopticPostprocessor
 from .semantic_fpn import SemanticFPN
 
@@ -91,6 +91,7 @@ class TwoNetworkPanopticFPN(nn.Module):
     def device(self) -> torch.device:
         return self.instance_network.device
 
+    @on_own_gpu
     def forward(
         self, batched_inputs: list[dict[str, Any]]
     ) -> dict[str, torch.Tensor] | list[dict[str, Any]]:
