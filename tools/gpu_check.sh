@@ -19,8 +19,9 @@ mkdir -p "$results" || exit 2
 wheels=$(cd "$wheels" && pwd) results=$(cd "$results" && pwd)
 cd "$(dirname "$0")/.." || exit 2
 steps="$*"
-minutes=8
+minutes=${MINUTES:-8}
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HYPOTHESIS_STORAGE_DIRECTORY=$results/environment
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}  # this checkout, before its wheel
 
 # An environment on top of the machine's packages, which may themselves be in an environment.
 machine=${PYTHON:-python3}
