@@ -59,7 +59,9 @@ class Life:
                 optimizer.zero_grad()
                 sum(losses[-1].values()).backward()
                 optimizer.step()
-            torch.testing.assert_close(*losses, rtol=self.tolerance, atol=self.tolerance)
+            # On GPUs the built-in model's RPN may lose double precision.
+            close = {"rtol": self.tolerance, "atol": self.tolerance, "check_dtype": False}
+            torch.testing.assert_close(*losses, **close)
             self.compare_steps(before)
             for mean, p in zip(self.average.parameters(), self.model.parameters(), strict=True):
                 mean.data.mul_(0.5).add_(p.data, alpha=0.5)
