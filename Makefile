@@ -25,7 +25,7 @@ test: $(PROJECT)  ## run the tests
 mutants: $(PROJECT)  ## make small wrong changes, and list those that no test sees (an hour)
 	$(BIN)/python tools/mutants.py
 
-wheelhouse: $(PROJECT)  ## collect wheels for a machine with PyTorch and no network (see docs/OFFLINE.md)
+wheelhouse: $(PROJECT)  ## collect wheels for a machine with PyTorch and no network (docs/PERFORMANCE.md)
 	$(BIN)/python tools/wheelhouse.py wheelhouse $(if $(FOR),--python $(FOR)) $(if $(HAVE),--have $(HAVE))
 
 lint: $(PROJECT)  ## check style and formatting

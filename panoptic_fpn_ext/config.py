@@ -52,7 +52,7 @@ def add_panoptic_fpn_config(cfg: CfgNode) -> None:
     # "float16" or "bfloat16" for mixed precision in inference; for training, SOLVER.AMP.
     cfg.MODEL.ACCELERATION.PRECISION = "float32"
     # In inference on GPUs, backbone, semantic branch and RPN head as CUDA graphs, of the sizes of
-    # images that come again; and by torch.compile. Both are off until measured on more GPUs.
+    # images that come again; and by torch.compile. Both are off by default.
     cfg.MODEL.ACCELERATION.CUDA_GRAPHS = False
     cfg.MODEL.ACCELERATION.COMPILE = False
 

@@ -85,8 +85,8 @@ for precision in $precisions; do
         measure "graphs-$precision" 35 "${common[@]}" --sizes $coco --detections 30 "${graphs[@]}"
 done
 for precision in fp32 ${precisions##* }; do
-    measure "training-$precision" 40 training --rounds $rounds --images 2 --precision "$precision" \
-        --sizes $coco
+    measure "training-$precision" 75 training --rounds 3 --images 2 --precision "$precision" \
+        --sizes $coco --data-images 1
 done
 measure kernels 40 kernels --sizes $coco
 

@@ -59,8 +59,9 @@ class FastConvNorm2d(StandIn, Conv2d):
     nothing to go stale.
 
     With ``channels_last``, what convolves images brings them to the layout in which the channels of
-    a pixel are side by side in memory, where that is faster: on GPUs, and on CPUs in inference
-    where Winograd's algorithm is not taken. The other convolutions keep the layout of their input.
+    a pixel are side by side in memory, where that is faster: on GPUs but in full float32, and on
+    CPUs in inference where Winograd's algorithm is not taken. The other convolutions keep the
+    layout of their input.
     """
 
     winograd: bool
@@ -84,11 +85,9 @@ class FastConvNorm2d(StandIn, Conv2d):
 
     @torch.jit.unused
     def _accelerated(self, x: torch.Tensor) -> torch.Tensor:
-        if self.channels_last and self.in_channels == IMAGE_CHANNELS:
-            planar = not x.is_cuda and (
-                torch.is_grad_enabled() or (self.winograd and has_winograd(x))
-            )
-            x = x if planar else x.contiguous(memory_format=torch.channels_last)
+        brings = self.channels_last and self.in_channels == IMAGE_CHANNELS
+        if brings and not self._is_planar(x):
+            x = x.contiguous(memory_format=torch.channels_last)
         weight, bias, norm = self.weight, self.bias, self.norm
         if self.fold_batch_norm and _is_foldable(norm):
             weight, bias = _folded(weight, bias, *vars(self).get("_affine") or _affine(norm))
@@ -101,6 +100,13 @@ class FastConvNorm2d(StandIn, Conv2d):
             return x
         is_relu = self.activation in (F.relu, torch.relu) or isinstance(self.activation, nn.ReLU)
         return x.relu_() if is_relu and not x.requires_grad else self.activation(x)
+
+    def _is_planar(self, x: torch.Tensor) -> bool:
+        """Whether images stay as they are, each channel in one piece."""
+        if x.is_cuda:  # tensor cores want the channels side by side; cuDNN in full float32 does not
+            in_full = x.dtype == torch.float32 and not torch.is_autocast_enabled("cuda")
+            return in_full and not torch.backends.cudnn.allow_tf32
+        return torch.is_grad_enabled() or (self.winograd and has_winograd(x))
 
 
 def _is_foldable(norm: nn.Module | None) -> bool:

@@ -230,9 +230,8 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     args = parser().parse_args()
     use_cores(args.threads)
-    if "precision" in args:
-        tf32 = args.precision == "tf32"
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+    tf32 = getattr(args, "precision", "fp32") == "tf32"
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
     if "tell" in args:
         return args.tell(args)
     settings = environment(args.device)

@@ -153,8 +153,12 @@ def compare(
                 **rest,
             )
 
+        # A graph has no stages.
+        def told(stage: str, place: int = place) -> bool:
+            return all(stage in by_stage for by_stage in seconds[place])
+
         if place == 1:
-            rows += [row(stage) for stage in NETWORK]
+            rows += [row(stage) for stage in NETWORK if told(stage)]
         rows += [row(part, outputs=name) for part in (UPSAMPLING, MERGING)]
         for stage in (AFTER, ""):
             amounts = {
@@ -180,6 +184,8 @@ def memory_of(
         after the network, what is made there, and the logits that wait for it.
     """
     by_name = {stage.stage: stage for stage in reversed(stages)}  # the first of each
+    if "semantic head" not in by_name:  # a graph, which has no stages
+        return {AFTER: {}, "": {}}
     features = by_name["semantic head"].low
     logits = by_name["RPN"].low - features
     upsampling, rest = (stage for stage in stages if stage.stage == AFTER)
