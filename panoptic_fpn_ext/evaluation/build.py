@@ -12,6 +12,7 @@ Detectron2 has in its place, if anything, is registered in ``detectron2_evaluato
 same name; ``TEST.EVALUATORS`` chooses between the two.
 """
 
+from importlib import import_module
 from importlib.util import find_spec
 
 from detectron2.config import CfgNode
@@ -98,9 +99,10 @@ def evaluator_builders(cfg: CfgNode, dataset_name: str) -> list[EvaluatorBuilder
         build = REGISTRIES[choice].get(name)
         if build.needs not in outputs:
             continue
-        if build.module and find_spec(build.module) is None:
+        if build.module and not _is_there(build.module, build.attribute):
+            what = f"{build.module}.{build.attribute}" if build.attribute else build.module
             raise UserError(
-                f"TEST.EVALUATORS {choice}: {name} needs {build.module}, which is not installed: "
+                f"TEST.EVALUATORS {choice}: {name} needs {what}, which is not installed: "
                 f"{build.install}, or choose TEST.EVALUATORS panoptic_fpn_ext"
             )
         builders.append(build)
@@ -109,6 +111,12 @@ def evaluator_builders(cfg: CfgNode, dataset_name: str) -> list[EvaluatorBuilder
             f"TEST.SUBMISSION needs panoptic_seg in MODEL.PANOPTIC_FPN.OUTPUTS, now {outputs}"
         )
     return builders
+
+
+def _is_there(module: str, attribute: str | None) -> bool:
+    if find_spec(module) is None:
+        return False
+    return attribute is None or hasattr(import_module(module), attribute)
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluators:

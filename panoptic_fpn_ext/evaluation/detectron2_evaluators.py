@@ -60,17 +60,19 @@ def _lacks(dataset_name: str, what: str, evaluator: str) -> UserError:
     )
 
 
-# In one process, or several on one machine.
+# In one process, or several on one machine. They run cityscapesscripts, which calls what NumPy 2.4
+# no longer has.
+_OLD_NUMPY = {"module": "numpy", "attribute": "in1d", "install": "pip install 'numpy<2.4'"}
 
 
 @DETECTRON2_EVALUATOR_REGISTRY.register()
-@needs("sem_seg")
+@needs("sem_seg", **_OLD_NUMPY)
 def cityscapes_sem_seg(dataset_name: str, output_folder: str) -> DatasetEvaluator:
     return CityscapesSemSegEvaluator(dataset_name)
 
 
 @DETECTRON2_EVALUATOR_REGISTRY.register()
-@needs("instances")
+@needs("instances", **_OLD_NUMPY)
 def cityscapes_instances(dataset_name: str, output_folder: str) -> DatasetEvaluator:
     return CityscapesInstanceEvaluator(dataset_name)
 

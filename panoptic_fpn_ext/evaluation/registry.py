@@ -21,19 +21,25 @@ Builders of Detectron2's own evaluators, under the names of those that they stan
 
 
 def needs(
-    output: str, *, module: str | None = None, install: str | None = None
+    output: str,
+    *,
+    module: str | None = None,
+    attribute: str | None = None,
+    install: str | None = None,
 ) -> Callable[[EvaluatorBuilder], EvaluatorBuilder]:
     """Decorate a builder with what its evaluator needs.
 
     Args:
         output: the model output, one of ``OUTPUTS``, that it reads; where the model does not
             return that, the evaluator is left out.
-        module: a module outside this package's requirements that must be importable.
+        module: a module that must be importable, beyond this package's requirements.
+        attribute: what it must have, by which its version is told.
         install: how to get it, for the error where it is missing.
     """
 
     def mark(build: EvaluatorBuilder) -> EvaluatorBuilder:
-        build.needs, build.module, build.install = output, module, install
+        build.needs, build.module, build.attribute = output, module, attribute
+        build.install = install
         return build
 
     return mark

@@ -119,6 +119,19 @@ def test_panopticapi_is_asked_for(metadata, monkeypatch):
     assert names(cfg) == ["sem_seg", "instances"]
 
 
+@pytest.mark.parametrize("name", ["cityscapes_sem_seg", "cityscapes_instances"])
+def test_an_older_numpy_is_asked_for(metadata, monkeypatch, name):
+    metadata.evaluators = (name,)
+    cfg = config(TEST__EVALUATORS="detectron2")
+    monkeypatch.setattr(np, "in1d", np.isin, raising=False)
+    assert names(cfg) == [name]
+    monkeypatch.delattr(np, "in1d")  # as in NumPy 2.4
+    with pytest.raises(UserError, match=rf"{name} needs numpy\.in1d, .*: pip install 'numpy<2.4'"):
+        evaluator_builders(cfg, DATASET)
+    cfg.TEST.EVALUATORS = "panoptic_fpn_ext"
+    assert names(cfg) == [name]
+
+
 def test_scores_of_training_reach_log_and_tensorboard(trained):
     scores = json.loads((trained / "inference" / "metrics.json").read_text())
     written = EventAccumulator(str(trained)).Reload()
