@@ -13,7 +13,7 @@ from panoptic_fpn_ext.config import resolve_config
 from panoptic_fpn_ext.data import PanopticFPNMapper
 from panoptic_fpn_ext.engine import Trainer
 from panoptic_fpn_ext.evaluation import evaluator_builders
-from panoptic_fpn_ext.modeling.acceleration import PRECISIONS
+from panoptic_fpn_ext.modeling.acceleration import PRECISIONS, Acceleration
 
 from .conftest import CPU
 from .data.tiny_dataset import TinyDataset
@@ -224,6 +224,11 @@ def settings_of_stand_ins(model, cfg):
     ]
 
 
+def fixed_part(model, cfg):
+    acceleration = Acceleration.from_config(cfg)
+    return acceleration.cuda_graphs, acceleration.compiled
+
+
 def precision(model, cfg):
     with torch.no_grad(), EventStorage():
         (output,) = model.eval()([{"image": torch.zeros(3, 64, 64, dtype=torch.uint8)}])
@@ -268,6 +273,7 @@ KEYS = {
     "MODEL.ACCELERATION.FOLD_BN": (False, [], settings_of_stand_ins, EVERYWHERE),
     "MODEL.ACCELERATION.CHANNELS_LAST": (False, [], settings_of_stand_ins, EVERYWHERE),
     "MODEL.ACCELERATION.PRECISION": ("bfloat16", [], precision, EVERYWHERE),
+    "MODEL.ACCELERATION.COMPILE": (True, [], fixed_part, EVERYWHERE),
     "MODEL.SEM_SEG_HEAD.AGGREGATION": ("concat", [], shapes_of_parameters, EVERYWHERE),
     "MODEL.FPN.GROUPS": (2, backbone("grouped_fpn"), shapes_of_parameters, EVERYWHERE),
     "MODEL.RESNETS.OUTPUT_STRIDE": (
@@ -367,7 +373,8 @@ KEYS = {
 
 def test_every_key_of_the_extension_is_in_the_table():
     theirs = flat(get_cfg())
-    assert {key for key in flat(config()) if key not in theirs} <= KEYS.keys()
+    on_gpus = {"MODEL.ACCELERATION.CUDA_GRAPHS"}  # tests/modeling/test_fixed_part.py
+    assert {key for key in flat(config()) if key not in theirs} <= KEYS.keys() | on_gpus
     assert {"float32", "bfloat16"} <= PRECISIONS.keys()
 
 
