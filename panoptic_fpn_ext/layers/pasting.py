@@ -9,7 +9,7 @@ from detectron2.layers import paste_masks_in_image
 from .trial import kernels_for
 
 if TYPE_CHECKING:
-    from .kernels import MaskBits
+    from .mask_bits import MaskBits
 
 
 class PastedMasks:
@@ -90,7 +90,7 @@ class PastedMasks:
         Args:
             order: (M,) which of the masks; by default all.
         """
-        from .kernels import pasted_bits  # Triton is not everywhere
+        from .mask_bits import pasted_bits  # Triton is not everywhere
 
         inputs = self.probabilities, self.boxes, self._window_tensor
         if order is not None:

@@ -18,8 +18,9 @@ logger = logging.getLogger(__name__)
 
 
 def kernels_for(*tensors: torch.Tensor) -> ModuleType | None:
-    """:mod:`~panoptic_fpn_ext.layers.kernels`, if it is for ``tensors`` and works where they are:
-    on GPUs, but not in double precision and not where somebody records what is done."""
+    """:mod:`~panoptic_fpn_ext.layers.kernels`, if that, and :mod:`.mask_bits`, is for ``tensors``
+    and works where they are: on GPUs, but not in double precision and not where somebody records
+    what is done."""
     if not is_for_kernels(*tensors):
         return None
     return _tried_kernels(tensors[0].device)
@@ -50,7 +51,7 @@ def _example(device: torch.device) -> ModuleType:
     Raises:
         Exception: kernels are missing, or do something else than the plain operators.
     """
-    from . import kernels
+    from . import kernels, mask_bits
 
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(1, 5, 6, 7, generator=generator).to(device)
@@ -75,7 +76,7 @@ def _example(device: torch.device) -> ModuleType:
     masks = torch.rand(2, 14, 14, generator=generator).to(device)
     boxes = torch.tensor([[3.2, 4.5, 60.1, 30.0], [20.0, -3.0, 44.4, 38.7]], device=device)
     windows = torch.tensor([[2, 3, 62, 31], [19, 0, 46, 40]], dtype=torch.int32, device=device)
-    bits = kernels.pasted_bits(masks, boxes, windows, (40, 70), 0.5)
+    bits = mask_bits.pasted_bits(masks, boxes, windows, (40, 70), 0.5)
     _assert_nearly_equal(bits.unpacked(), paste_masks_in_image(masks, boxes, (40, 70), 0.5).bool())
     torch.testing.assert_close(bits.areas.long(), bits.unpacked().sum(dim=(1, 2)))
     return kernels

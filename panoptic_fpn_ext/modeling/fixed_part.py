@@ -89,7 +89,8 @@ class FixedPart:
         """See :meth:`__call__`; without a graph where none is worth it."""
         precision = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         size = (images.shape, images.dtype, images.device)
-        key = (function, *size, precision, *sorted(options.items()))
+        tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        key = (function, *size, precision, *tf32, *sorted(options.items()))
         graph = self._graphs.get(key)
         if graph and not graph.is_current():
             del self._graphs[key], graph

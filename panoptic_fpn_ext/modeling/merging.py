@@ -4,7 +4,7 @@ Segmentation, arXiv:1801.00868; reference: panopticapi's combine script and Dete
 
 import functools
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from detectron2.structures import Boxes, Instances
@@ -14,9 +14,19 @@ from ..layers.pasting import PastedMasks
 from ..layers.trial import is_for_kernels, tried
 
 if TYPE_CHECKING:
-    from ..layers.kernels import MaskBits
+    from ..layers.mask_bits import MaskBits
 
 PACKED_AT_ONCE = 2**25  # pixels of masks
+
+
+class Rule(NamedTuple):
+    """The arguments of that name of :func:`merge_panoptic`."""
+
+    thing_sem_seg_ids: frozenset[int]
+    overlap_threshold: float
+    stuff_area_thresh: float
+    instances_score_thresh: float
+    nms_thresh: float
 
 
 def merge_panoptic(
@@ -51,29 +61,22 @@ def merge_panoptic(
         ``isthing``, ``category_id``, and ``score`` and ``instance_id`` (index into ``instances``)
         of things, ``area`` of stuff.
     """
-    rule = {
-        "thing_sem_seg_ids": frozenset(thing_sem_seg_ids),
-        "overlap_threshold": overlap_threshold,
-        "stuff_area_thresh": stuff_area_thresh,
-        "instances_score_thresh": instances_score_thresh,
-        "nms_thresh": nms_thresh,
-    }
+    rule = Rule(
+        frozenset(thing_sem_seg_ids),
+        overlap_threshold,
+        stuff_area_thresh,
+        instances_score_thresh,
+        nms_thresh,
+    )
     if merges_at_once(sem_seg):
         if num_classes is None:
             num_classes = int(sem_seg.max()) + 1
-        return _merged_at_once(instances, sem_seg, num_classes=num_classes, **rule)
-    return _merged_in_turn(instances, sem_seg, **rule)
+        return _merged_at_once(instances, sem_seg, rule, num_classes=num_classes)
+    return _merged_in_turn(instances, sem_seg, rule)
 
 
 def _merged_in_turn(
-    instances: Instances,
-    sem_seg: torch.Tensor,
-    *,
-    thing_sem_seg_ids: frozenset[int],
-    overlap_threshold: float,
-    stuff_area_thresh: int,
-    instances_score_thresh: float,
-    nms_thresh: float,
+    instances: Instances, sem_seg: torch.Tensor, rule: Rule
 ) -> tuple[torch.Tensor, list[dict[str, Any]]]:
     """:func:`merge_panoptic`, an instance after the other."""
     panoptic_seg = torch.zeros(sem_seg.shape, dtype=torch.int32, device=sem_seg.device)
@@ -81,10 +84,10 @@ def _merged_in_turn(
 
     by_score = torch.argsort(-instances.scores)  # ties fall as in Detectron2
     # As doubles, or a threshold would be rounded to a score's precision.
-    by_score = by_score[instances.scores[by_score].double() >= instances_score_thresh]
-    if nms_thresh < 1:
+    by_score = by_score[instances.scores[by_score].double() >= rule.instances_score_thresh]
+    if rule.nms_thresh < 1:
         boxes, scores = instances.pred_boxes.tensor[by_score], instances.scores[by_score]
-        by_score = by_score[nms(boxes, scores, nms_thresh)]
+        by_score = by_score[nms(boxes, scores, rule.nms_thresh)]
     # Each decision stays on the device: nothing waits for it until all are made.
     next_id = panoptic_seg.new_ones(())
     accepted = []
@@ -95,7 +98,9 @@ def _merged_in_turn(
         visible = mask & (taken == 0)
         visible_area = visible.count_nonzero()
         # Without a visible pixel it is no segment, not even where all may overlap.
-        accept = (visible_area > 0) & ((area - visible_area).double() / area <= overlap_threshold)
+        accept = (visible_area > 0) & (
+            (area - visible_area).double() / area <= rule.overlap_threshold
+        )
         panoptic_seg[window] = torch.where(visible & accept, next_id, taken)
         next_id = next_id + accept.int()
         accepted.append(accept)
@@ -112,7 +117,7 @@ def _merged_in_turn(
     areas = torch.bincount(stuff.flatten()).tolist()
     segment_of_class = panoptic_seg.new_zeros(len(areas))
     for category, area in enumerate(areas[1:]):
-        if area == 0 or area < stuff_area_thresh or category in thing_sem_seg_ids:
+        if area == 0 or area < rule.stuff_area_thresh or category in rule.thing_sem_seg_ids:
             continue
         _add_stuff(segments_info, category, area)
         segment_of_class[category + 1] = len(segments_info)
@@ -120,36 +125,28 @@ def _merged_in_turn(
 
 
 def _merged_at_once(
-    instances: Instances,
-    sem_seg: torch.Tensor,
-    *,
-    thing_sem_seg_ids: frozenset[int],
-    overlap_threshold: float,
-    stuff_area_thresh: int,
-    instances_score_thresh: float,
-    nms_thresh: float,
-    num_classes: int,
+    instances: Instances, sem_seg: torch.Tensor, rule: Rule, *, num_classes: int
 ) -> tuple[torch.Tensor, list[dict[str, Any]]]:
     """:func:`merge_panoptic` on a GPU, which is waited for once, and once more in non-maximum
     suppression; as many launches for many instances as for one."""
     from .merging_kernels import merged_ids  # Triton is not everywhere
 
     by_score = torch.argsort(-instances.scores)
-    if nms_thresh < 1:
+    if rule.nms_thresh < 1:
         boxes = instances.pred_boxes.tensor[by_score]
-        by_score = by_score[nms(boxes, instances.scores[by_score], nms_thresh)]
+        by_score = by_score[nms(boxes, instances.scores[by_score], rule.nms_thresh)]
     scores, classes = instances.scores[by_score], instances.pred_classes[by_score]
     masks = instances.pred_masks
     bits = masks.bits(by_score) if isinstance(masks, PastedMasks) else _packed(masks, by_score)
     kept, ids, areas = merged_ids(
         bits,
-        scores.double() >= instances_score_thresh,
+        scores.double() >= rule.instances_score_thresh,
         sem_seg,
-        overlap_threshold=overlap_threshold,
+        overlap_threshold=rule.overlap_threshold,
         num_classes=num_classes,
     )
-    is_stuff = (areas > 0) & (areas >= stuff_area_thresh)
-    is_stuff &= _is_stuff(thing_sem_seg_ids, num_classes, sem_seg.device)
+    is_stuff = (areas > 0) & (areas >= rule.stuff_area_thresh)
+    is_stuff &= _is_stuff(rule.thing_sem_seg_ids, num_classes, sem_seg.device)
     stuff_ids = torch.where(is_stuff, is_stuff.cumsum(0) + kept.count_nonzero(), 0).int()
     panoptic_seg = torch.where(ids > 0, ids, stuff_ids[sem_seg])
 
@@ -173,7 +170,7 @@ def _merged_at_once(
 
 def _packed(masks: torch.Tensor, order: torch.Tensor) -> "MaskBits":
     """Some of (N, H, W) masks, chunk by chunk: on the way a pixel takes several bytes."""
-    from ..layers.kernels import packed_bits
+    from ..layers.mask_bits import packed_bits
 
     chunk = max(1, PACKED_AT_ONCE // max(1, masks[0].numel())) if len(masks) else 1
     parts = [packed_bits(masks[indices].bool()) for indices in order.split(chunk)]
@@ -239,18 +236,12 @@ def _example(device: torch.device) -> bool:
     pasted = PastedMasks(probabilities, boxes.to(device), size)
     instances.pred_masks = pasted.bits().unpacked()
     sem_seg = torch.randint(0, 5, size, generator=generator).to(device)
-    rule = {
-        "thing_sem_seg_ids": frozenset({0}),
-        "overlap_threshold": 0.3,
-        "stuff_area_thresh": 90,
-        "instances_score_thresh": 0.1,
-        "nms_thresh": 0.9,
-    }
+    rule = Rule(frozenset({0}), 0.3, 90, 0.1, 0.9)
     instances.pred_boxes = Boxes(boxes.to(device))
-    expected = _merged_in_turn(instances, sem_seg, **rule)
+    expected = _merged_in_turn(instances, sem_seg, rule)
     for masks in (instances.pred_masks, pasted):
         instances.pred_masks = masks
-        found = _merged_at_once(instances, sem_seg, num_classes=5, **rule)
+        found = _merged_at_once(instances, sem_seg, rule, num_classes=5)
         torch.testing.assert_close(found, expected, atol=0, rtol=0)
     return True
 

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..layers.kernels import WORDS, MaskBits
+from ..layers.mask_bits import WORDS, MaskBits
 
 STEP = 4096  # words looked at together
 

@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from torch.nn import functional as F
 
-from panoptic_fpn_ext.layers import kernels, pasting, resizing
+from panoptic_fpn_ext.layers import kernels, mask_bits, pasting, resizing
 from panoptic_fpn_ext.layers.pasting import PastedMasks
 from panoptic_fpn_ext.modeling import merging, merging_kernels, postprocessing
 
@@ -39,7 +39,7 @@ def as_kernels(launched: Callable[[], contextlib.AbstractContextManager]) -> Ite
             (kernels, "_loss_kernel", _loss),
             (kernels, "_gradient_kernel", _gradient),
             (kernels, "_labels_kernel", _labels),
-            (kernels, "_paste_kernel", _paste),
+            (mask_bits, "_paste_kernel", _paste),
             (merging_kernels, "_keep_kernel", _keep),
             (merging_kernels, "_ids_kernel", _ids),
         ):
@@ -86,7 +86,7 @@ def _paste(probabilities, boxes, windows, bits, areas, height, words, side, thre
     for index, mask in enumerate(masks):
         window, inside = pasted.window(index)
         mask[window] = inside
-    packed = kernels.packed_bits(masks)
+    packed = mask_bits.packed_bits(masks)
     bits.copy_(packed.bits)
     areas.copy_(packed.areas)
 
