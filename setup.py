@@ -43,6 +43,7 @@ setup(
         "fvcore>=0.1.5",
         "kornia-rs>=0.2,<0.3",
         "matplotlib>=3.5",
+        "msgspec>=0.19",
         "numpy>=1.23",
         f"{opencv}>=4.5",
         "pillow>=9.1",

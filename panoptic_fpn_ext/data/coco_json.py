@@ -4,18 +4,33 @@ The formats: https://cocodataset.org/#format-data. Registration stops at the fir
 :mod:`~panoptic_fpn_ext.data.checks` lists them all.
 """
 
+import gc
 import json
 import os
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import msgspec
 from detectron2.utils.file_io import PathManager
 
 from ..errors import UserError
+from .coco_types import (
+    MAX_SEGMENT_ID,
+    RLE,
+    Box,
+    Color,
+    Flag,
+    Id,
+    Name,
+    Number,
+    Polygons,
+    SegmentId,
+    Size,
+)
 
-MAX_SEGMENT_ID = 2**24 - 1
 MAX_CATEGORIES = 254  # one byte, less 255 for void and class 0, "things"
 
 
@@ -36,7 +51,7 @@ class Fault:
     def __str__(self) -> str:
         location = [] if self.image_id is None else [f"image {self.image_id}"]
         location += [] if self.segment_id is None else [f"segment {self.segment_id}"]
-        return ": ".join([self.file, *location, self.message])
+        return ": ".join([self.file, *location, self.message]).replace("\n", "\\n")
 
 
 def read_json(path: str | os.PathLike) -> Any:
@@ -45,55 +60,66 @@ def read_json(path: str | os.PathLike) -> Any:
     Raises:
         UserError: it cannot be read, or is not JSON.
     """
+    data = read_bytes(path)
     try:
-        with PathManager.open(str(path), "rb") as file:
-            return json.load(file)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from error
+        with without_gc():
+            return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a JSON file, or cut off ({error})") from error
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def read_bytes(path: str | os.PathLike) -> bytes:
+    try:
+        with PathManager.open(str(path), "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
+@contextmanager
+def without_gc() -> Iterator[None]:
+    """Without looking for cycles among new objects, which takes longer than reading them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if not gc.get_freeze_count():  # makes the new ones old, without a look at each
+            gc.freeze()
+            gc.unfreeze()
+        if enabled:
+            gc.enable()
 
 
-Rules = dict[str, tuple[Callable[[Any], bool], str]]
-"""For each field of an entry a condition and, in words, what it should be."""
+Rules = dict[str, tuple[Any, str]]
+"""For each field of an entry its type, as msgspec has them, and in words what it should be."""
 
-_id = (lambda v: _is_int(v) or (isinstance(v, str) and v != ""), "an integer or a string")
-_integer = (_is_int, "an integer")
-_size = (lambda v: _is_int(v) and v > 0, "a positive integer")
-_name = (lambda v: isinstance(v, str) and v != "", "a non-empty string")
-_flag = (lambda v: isinstance(v, int) and v in (0, 1), "0 or 1")
-_color = (
-    lambda v: isinstance(v, list) and len(v) == 3 and all(_is_int(c) and 0 <= c < 256 for c in v),
-    "three integers from 0 to 255",
-)
-_box = (lambda v: isinstance(v, list) and len(v) == 4 and all(map(_is_number, v)), "[x, y, w, h]")
-_list = (lambda v: isinstance(v, list), "a list")
-_segment_id = (
-    lambda v: _is_int(v) and 0 < v <= MAX_SEGMENT_ID,
-    f"an integer from 1 to {MAX_SEGMENT_ID} (0 is void)",
-)
-_mask = (
-    lambda v: isinstance(v, list) or (isinstance(v, dict) and {"size", "counts"} <= v.keys()),
-    "a list of polygons or an RLE",
-)
-_keypoints = (
-    lambda v: isinstance(v, list) and len(v) % 3 == 0 and all(map(_is_number, v)),
-    "[x, y, visibility, x, y, ...]",
-)
+_id = (Id, "an integer or a string")
+_integer = (int, "an integer")
+_size = (Size, "a positive integer")
+_name = (Name, "a non-empty string")
+_flag = (Flag, "0 or 1")
+_color = (Color, "three integers from 0 to 255")
+_box = (Box, "[x, y, w, h]")
+_list = (list, "a list")
+_segment_id = (SegmentId, f"an integer from 1 to {MAX_SEGMENT_ID} (0 is void)")
+_mask = (list | RLE, "a list of polygons or an RLE")
+_keypoints = (list[Number], "[x, y, visibility, x, y, ...]")
 
 _CATEGORY: Rules = {"id": _integer, "name": _name, "isthing": _flag}
 _IMAGE: Rules = {"id": _id, "file_name": _name, "height": _size, "width": _size}
 _ANNOTATION: Rules = {"image_id": _id, "file_name": _name, "segments_info": _list}
 _SEGMENT: Rules = {"id": _segment_id, "category_id": _integer}
 _INSTANCE: Rules = {"image_id": _id, "category_id": _integer, "bbox": _box}
+
+
+def is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type, as msgspec has them."""
+    try:
+        msgspec.convert(value, kind)
+    except (msgspec.ValidationError, UnicodeError):  # the latter at half a surrogate pair
+        return False
+    return True
 
 
 def _broken_rules(
@@ -103,13 +129,13 @@ def _broken_rules(
     if not isinstance(entry, dict):
         yield "wrong-type", f"{_short(entry)} is not an object with fields"
         return
-    for field, (holds, wanted) in required.items():
+    for field, (kind, wanted) in required.items():
         if field not in entry:
             yield "missing-field", f"no field {field!r}"
-        elif not holds(entry[field]):
+        elif not is_of(entry[field], kind):
             yield "wrong-value", f"{field} is {_short(entry[field])}, expected {wanted}"
-    for field, (holds, wanted) in (optional or {}).items():
-        if field in entry and not holds(entry[field]):
+    for field, (kind, wanted) in (optional or {}).items():
+        if field in entry and not is_of(entry[field], kind):
             yield "wrong-value", f"{field} is {_short(entry[field])}, expected {wanted}"
 
 
@@ -167,7 +193,7 @@ def panoptic_faults(
         yield from category_faults(content.get("categories"), source=source)
         listed = content.get("categories")
         listed = listed if isinstance(listed, list) else []
-        category_ids = [c["id"] for c in listed if isinstance(c, dict) and _is_int(c.get("id"))]
+        category_ids = [c["id"] for c in listed if isinstance(c, dict) and is_of(c.get("id"), int)]
     category_ids = set(category_ids)
 
     images = set()
@@ -244,12 +270,13 @@ def instances_faults(
     if broken:
         return
     optional = {"segmentation": _mask, "iscrowd": _flag, "keypoints": _keypoints}
-    known = {image.get("id") for image in content["images"] if isinstance(image, dict)}
+    ids = (image.get("id") for image in content["images"] if isinstance(image, dict))
+    known = {image_id for image_id in ids if isinstance(image_id, Hashable)}
     if not known & images.keys():
         yield Fault("unknown-image", source, "none of its image ids is in the panoptic JSON")
     for index, annotation in enumerate(content["annotations"]):
         image_id = annotation.get("image_id") if isinstance(annotation, dict) else None
-        if _id[0](image_id) and image_id in known and image_id not in images:
+        if is_of(image_id, Id) and image_id in known and image_id not in images:
             continue  # the panoptic JSON may hold a part of the images only
         broken = False
         for kind, message in _broken_rules(annotation, _INSTANCE, optional):
@@ -267,22 +294,24 @@ def instances_faults(
             )
             yield Fault("unknown-category", source, message, image_id)
         else:
-            yield from _mask_faults(annotation, images[image_id], source, entry)
+            yield from _shape_faults(annotation, images[image_id], source, entry)
 
 
-def _mask_faults(
+def _shape_faults(
     annotation: dict[str, Any], image: dict[str, Any], source: str, entry: str
 ) -> Iterator[Fault]:
     mask, image_id = annotation.get("segmentation"), annotation["image_id"]
+    keypoints = annotation.get("keypoints", [])
+    if len(keypoints) % 3:
+        message = f"{entry}: keypoints is {_short(keypoints)}, expected {_keypoints[1]}"
+        yield Fault("wrong-value", source, message, image_id)
     if isinstance(mask, dict) and mask["size"] != [image["height"], image["width"]]:
         message = (
             f"{entry}: segmentation is of size {_short(mask['size'])}, "
             f"expected [{image['height']}, {image['width']}]"
         )
         yield Fault("wrong-size", source, message, image_id)
-    elif isinstance(mask, list) and not all(
-        isinstance(polygon, list) and all(map(_is_number, polygon)) for polygon in mask
-    ):
+    elif isinstance(mask, list) and not is_of(mask, Polygons):
         message = f"{entry}: segmentation contains a polygon that is not a list of numbers"
         yield Fault("wrong-value", source, message, image_id)
 

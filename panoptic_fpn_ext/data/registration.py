@@ -5,24 +5,18 @@ dataset is loaded.
 """
 
 import inspect
-import logging
 import os
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from operator import itemgetter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
-from detectron2.structures import BoxMode
-from pycocotools import mask as rle
 
 from ..errors import UserError
-from .coco_json import category_faults, instances_faults, panoptic_faults, raise_first, read_json
-from .label_space import thing_sem_seg_ids
-from .virtual_files import INSTANCES_PREFIX, sem_seg_file_name
-
-logger = logging.getLogger(__name__)
+from .coco_json import category_faults, raise_first
+from .records import load_panoptic_dataset, read_categories
+from .virtual_files import INSTANCES_PREFIX
 
 LABEL_SPACES = ("separated", "full")
 
@@ -67,10 +61,7 @@ def register_panoptic_dataset(
         raise UserError(f"dataset {name}: another one is registered by this name")
 
     def load_categories() -> dict[str, Any]:
-        entries = categories
-        if entries is None:
-            content = read_json(panoptic_json)
-            entries = content.get("categories") if isinstance(content, dict) else None
+        entries = read_categories(panoptic_json) if categories is None else categories
         return categories_to_metadata(entries, label_space=label_space, source=str(panoptic_json))
 
     MetadataCatalog[name] = _LazyMetadata(
@@ -119,115 +110,6 @@ def register_datasets_of_config(cfg: CfgNode) -> None:
             )
 
 
-def load_panoptic_dataset(name: str) -> list[dict[str, Any]]:
-    """The records of a dataset of :func:`register_panoptic_dataset`.
-
-    Returns:
-        Dicts of Detectron2's dataset format with ``file_name``, ``image_id``, ``height``,
-        ``width``, ``pan_seg_file_name``, ``segments_info`` (category ids contiguous),
-        ``sem_seg_file_name`` (for Detectron2, see :mod:`~panoptic_fpn_ext.data.virtual_files`) and,
-        where the dataset has an instances JSON, ``annotations``. Images without an annotation are
-        left out.
-
-    Raises:
-        UserError: the first fault in either JSON.
-    """
-    metadata = MetadataCatalog.get(name)
-    source = metadata.panoptic_json
-    content = read_json(source)
-    things = metadata.thing_dataset_id_to_contiguous_id
-    classes_of_things = thing_sem_seg_ids(metadata)
-    stuff = metadata.stuff_dataset_id_to_contiguous_id
-    _check_categories(content, metadata)
-    raise_first(panoptic_faults(content, source=source, category_ids={*things, *stuff}))
-    image_file_name = metadata.get("image_file_name", itemgetter("file_name"))
-
-    def segment(info: dict[str, Any]) -> dict[str, Any]:
-        category = info["category_id"]
-        isthing = category in things
-        contiguous = things[category] if isthing else stuff[category]
-        return {"iscrowd": 0, **info, "category_id": contiguous, "isthing": isthing}
-
-    images = {image["id"]: image for image in content["images"]}
-    records = []
-    for annotation in content["annotations"]:
-        image = images[annotation["image_id"]]
-        png = os.path.join(metadata.panoptic_root, annotation["file_name"])
-        segments_info = [segment(info) for info in annotation["segments_info"]]
-        records.append(
-            {
-                "file_name": os.path.join(metadata.image_root, image_file_name(image)),
-                "image_id": image["id"],
-                "height": image["height"],
-                "width": image["width"],
-                "pan_seg_file_name": png,
-                "segments_info": segments_info,
-                "sem_seg_file_name": sem_seg_file_name(png, segments_info, classes_of_things),
-            }
-        )
-    if "json_file" in metadata.as_dict():
-        annotations = load_instances(
-            metadata.json_file, thing_ids=things, images={r["image_id"]: r for r in records}
-        )
-        for record in records:
-            record["annotations"] = annotations[record["image_id"]]
-    return records
-
-
-def load_instances(
-    instances_json: str, *, thing_ids: Mapping[int, int], images: Mapping[Hashable, dict[str, Any]]
-) -> dict[Hashable, list[dict[str, Any]]]:
-    """Instance annotations by image id, as Detectron2's ``load_coco_json`` has them.
-
-    Args:
-        instances_json: annotations in the format of COCO instances.
-        thing_ids: from the category ids of the JSON to contiguous ones.
-        images: the images to load, dicts with ``height`` and ``width``, by id.
-
-    Raises:
-        UserError: the first fault in the JSON.
-    """
-    content = read_json(instances_json)
-    raise_first(
-        instances_faults(content, source=instances_json, things=thing_ids.keys(), images=images)
-    )
-    loaded: dict[Hashable, list[dict[str, Any]]] = {image_id: [] for image_id in images}
-    without_mask = 0
-    for annotation in content["annotations"]:
-        if annotation["image_id"] not in loaded:
-            continue
-        instance = {
-            "iscrowd": annotation.get("iscrowd", 0),
-            "bbox": annotation["bbox"],
-            "bbox_mode": BoxMode.XYWH_ABS,
-            "category_id": thing_ids[annotation["category_id"]],
-        }
-        mask = annotation.get("segmentation")
-        if isinstance(mask, list) and mask:
-            mask = [polygon for polygon in mask if len(polygon) % 2 == 0 and len(polygon) >= 6]
-            if not mask:
-                without_mask += 1
-                continue
-        elif mask and isinstance(mask["counts"], list):
-            mask = rle.frPyObjects(mask, *mask["size"])
-        if mask:
-            instance["segmentation"] = mask
-        if annotation.get("keypoints"):
-            # COCO gives indices of pixels, Detectron2 wants coordinates.
-            instance["keypoints"] = [
-                value + 0.5 if k % 3 < 2 else value
-                for k, value in enumerate(annotation["keypoints"])
-            ]
-        loaded[annotation["image_id"]].append(instance)
-    if without_mask:
-        logger.warning(
-            "%s: left out %d instances whose polygons have fewer than 3 points each",
-            instances_json,
-            without_mask,
-        )
-    return loaded
-
-
 def categories_to_metadata(
     categories: Sequence[dict[str, Any]], *, label_space: str, source: str
 ) -> dict[str, Any]:
@@ -266,22 +148,6 @@ def categories_to_metadata(
             sem_seg_ids[c["id"]] if label_space == "full" else 0 for c in things
         ),
     }
-
-
-def _check_categories(content: Any, metadata: Metadata) -> None:
-    """Raise UserError if a panoptic JSON has categories its dataset was registered without."""
-    known = {
-        *metadata.thing_dataset_id_to_contiguous_id,
-        *metadata.stuff_dataset_id_to_contiguous_id,
-    }
-    categories = content.get("categories") if isinstance(content, dict) else None
-    for category in categories if isinstance(categories, list) else ():
-        if isinstance(category, dict) and category.get("id") not in known:
-            raise UserError(
-                f"{metadata.panoptic_json}: category {category.get('id')} "
-                f"({category.get('name')}) is not one that dataset {metadata.name} was registered "
-                f"with; their ids are {', '.join(map(str, sorted(known)))}"
-            )
 
 
 class _LazyMetadata(Metadata):

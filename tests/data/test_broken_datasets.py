@@ -192,6 +192,10 @@ CASES_OF_INSTANCES: dict[str, tuple[Break, str]] = {
         lambda d: d.instances["annotations"][0].update(image_id=50),
         r"instances\.json: image 50: annotations\[0\]: not in its images",
     ),
+    "image id that is a list": (
+        lambda d: d.instances.update(images=[{"id": [1]}, {"id": 2}]),
+        r"instances\.json: image 1: annotations\[0\]: not in its images",
+    ),
     "RLE of another size": (
         lambda d: d.instances["annotations"][0].update(
             segmentation={"size": [24, 30], "counts": [720]}

@@ -7,6 +7,7 @@
     python tools/benchmark training --images 2
     python tools/benchmark acceleration
     python tools/benchmark launches
+    python tools/benchmark loading --rounds 1
     python tools/benchmark plot inference.json training.json --output speed.svg
     python tools/benchmark evaluation --sizes 1024x2048
     python tools/benchmark eval-only --config-file configs/quickstart.yaml \\
@@ -38,6 +39,7 @@ from benchmark.frame import environment, use_cores
 from benchmark.inference import DETECTIONS, OUTPUT_CHOICES, inference
 from benchmark.kernels import kernels
 from benchmark.launches import launches
+from benchmark.loading import loading
 from benchmark.models import DEPTHS, SETTINGS, Setting
 from benchmark.plot import plot
 from benchmark.precision import DTYPES
@@ -208,6 +210,14 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--images", type=positive, default=6, help="of each size; default: 6")
     command.set_defaults(run=evaluation, device=torch.device("cpu"), threads=1)
+
+    command = subcommands.add_parser(
+        "loading", parents=[common], help="the annotations of a training set, of COCO's size"
+    )
+    command.add_argument(
+        "--data-images", type=positive, default=118_287, help="default: those of COCO train"
+    )
+    command.set_defaults(run=loading, device=torch.device("cpu"), threads=1)
 
     command = subcommands.add_parser(
         "eval-only",
