@@ -90,6 +90,28 @@ def _repeatable() -> None:
 CPU = torch.device("cpu")
 
 
+@functools.cache
+def triton_is_out() -> bool:
+    """Whether kernels cannot be tested here: Triton's interpreter before 3.8 takes arrays of one
+    element for numbers, which NumPy does not from 2.5 on."""
+    from panoptic_fpn_ext.layers import kernels
+
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return False
+    try:
+        kernels.upsampled_labels(torch.zeros(2, 1, 1), stride=1, image_size=(1, 1), size=(1, 1))
+    except Exception as error:
+        if "only 0-dimensional arrays can be converted" not in str(error):
+            raise
+        return True
+    return False
+
+
+def needs_triton() -> pytest.MarkDecorator:
+    reason = "Triton's interpreter does not run on this NumPy"
+    return pytest.mark.skipif(triton_is_out(), reason=reason)
+
+
 def devices(num_gpus: int = 1) -> list:
     """The CPU, and GPUs where there are so many."""
     if torch.cuda.device_count() < num_gpus:

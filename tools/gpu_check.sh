@@ -66,20 +66,20 @@ measure() {  # NAME SECONDS ARGUMENTS...
 }
 
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    device=cuda coco=coco cityscapes=cityscapes rounds=10
+    device=cuda coco=coco cityscapes=cityscapes rounds=10 slower=1
     precisions="fp32 tf32 fp16" select=(-m gpu)
     "$python" -c 'import xdist' 2>/dev/null && select+=(-n 8)
 else
-    device=cpu coco=192x256 cityscapes=256x512 rounds=1
+    device=cpu coco=192x256 cityscapes=256x512 rounds=1 slower=4
     precisions="fp32 bf16" select=(tests/layers tests/modeling/test_merging.py)
 fi
 graphs=(--opts MODEL.ACCELERATION.CUDA_GRAPHS True)
 
 step tests 100 "$python" -m pytest -q -p no:cacheprovider "${select[@]}"
-measure launches 50 launches
+measure launches $((50 * slower)) launches
 for precision in $precisions; do
     common=(inference --rounds $rounds --precision "$precision")
-    measure "inference-$precision" 35 "${common[@]}" --sizes $coco --detections 30 100
+    measure "inference-$precision" $((35 * slower)) "${common[@]}" --sizes $coco --detections 30 100
     measure "cityscapes-$precision" 35 "${common[@]}" --sizes $cityscapes --detections 30
     [ $device = cpu ] ||
         measure "graphs-$precision" 35 "${common[@]}" --sizes $coco --detections 30 "${graphs[@]}"
@@ -88,7 +88,7 @@ for precision in fp32 ${precisions##* }; do
     measure "training-$precision" 75 training --rounds 3 --images 2 --precision "$precision" \
         --sizes $coco --data-images 1
 done
-measure kernels 40 kernels --sizes $coco
+measure kernels $((40 * slower)) kernels --sizes $coco
 
 echo
 "$python" tools/benchmark table "$results"/*.json | tee "$results/table.txt"

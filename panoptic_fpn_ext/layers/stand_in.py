@@ -57,6 +57,11 @@ def is_eager(*tensors: torch.Tensor) -> bool:
     )
 
 
+def is_eager_on_gpu(*tensors: torch.Tensor) -> bool:
+    """Whether what is done to ``tensors`` happens now, on a GPU."""
+    return all(x.is_cuda for x in tensors) and is_eager(*tensors)
+
+
 def is_eager_on_cpu(*tensors: torch.Tensor) -> bool:
     """Whether what is done to ``tensors`` happens now, on a CPU, in float32."""
     return (

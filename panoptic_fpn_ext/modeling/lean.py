@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..layers.convolution import has_winograd, normalizations_at_once
-from ..layers.stand_in import StandIn, is_eager, is_eager_on_cpu
+from ..layers.stand_in import StandIn, is_eager, is_eager_on_cpu, is_eager_on_gpu
 
 # What bounds memory in inference on CPUs: so many masks at once; of a level with more pixels than
 # the first, strips of so many.
@@ -31,7 +31,7 @@ class LeanResNet(StandIn, ResNet):
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """(N, 3, H, W) images to the maps of each stage in ``out_features``."""
-        if not is_eager(x) or is_eager_on_cpu(x):
+        if not is_eager_on_gpu(x):
             return super().forward(x)
         with normalizations_at_once(self):
             return super().forward(x)
@@ -247,11 +247,7 @@ class LeanROIPooler(StandIn, ROIPooler):
     def forward(self, x: list[torch.Tensor], box_lists: list[Boxes]) -> torch.Tensor:
         """(N, C, Hi, Wi) maps of each level and boxes of each image to (M, C, h, w) features."""
         if not torch.jit.is_scripting() and (
-            is_eager_on_cpu(*x)
-            or not is_eager(*x)
-            or len(x) == 1
-            or len(box_lists) == 0
-            or not self._aligns()
+            not is_eager_on_gpu(*x) or len(x) == 1 or len(box_lists) == 0 or not self._aligns()
         ):
             return super().forward(x, box_lists)
         boxes = torch.cat(

@@ -11,8 +11,10 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from panoptic_fpn_ext.layers import kernels  # tests/conftest.py has it interpreted on CPUs
 
+from ..conftest import needs_triton
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+pytestmark = [needs_triton(), *([pytest.mark.gpu] if DEVICE == "cuda" else [])]
 
 
 def plain_loss(logits, targets, stride, ignore_value):

@@ -21,6 +21,8 @@ from panoptic_fpn_ext.layers.resizing import (
     upsampled_labels,
 )
 
+from ..conftest import needs_triton
+
 
 @settings(max_examples=80, deadline=None)
 @given(
@@ -187,7 +189,7 @@ def test_logits_in_half_precision_are_resized_in_full(dtype):
     assert torch.equal(upsampled_labels(logits, **arguments), labels)
 
 
-@pytest.mark.parametrize("fault", ["missing", "wrong", None])
+@pytest.mark.parametrize("fault", ["missing", "wrong", pytest.param(None, marks=needs_triton())])
 def test_kernels_are_taken_only_where_they_work(monkeypatch, caplog, fault):
     """As if the CPU were a GPU."""
     kernels = pytest.importorskip("panoptic_fpn_ext.layers.kernels")

@@ -25,7 +25,7 @@ SIZES = [(60, 96), (64, 70)]
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch) -> None:
-    monkeypatch.setattr(lean, "is_eager_on_cpu", lambda *x: False)
+    monkeypatch.setattr(lean, "is_eager_on_gpu", lambda *x: True)
 
 
 def make_boxes(number: int, size: tuple[int, int] = (64, 96)) -> torch.Tensor:
@@ -206,7 +206,7 @@ def test_normalizations_found_at_once_are_those_of_each(monkeypatch, ext_cfg):
     image = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         each = backbone(image)
-        monkeypatch.setattr(lean, "is_eager_on_cpu", lambda *x: False)
+        monkeypatch.setattr(lean, "is_eager_on_gpu", lambda *x: True)
         calls = []
         affine = convolution._affine
         monkeypatch.setattr(convolution, "_affine", lambda n: calls.append(n) or affine(n))

@@ -19,10 +19,12 @@ from panoptic_fpn_ext.layers.pasting import PastedMasks
 from panoptic_fpn_ext.modeling import merging, merging_kernels, postprocessing
 from panoptic_fpn_ext.modeling.postprocessing import PanopticPostprocessor
 
+from ..conftest import needs_triton
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXAMPLES = 200 if DEVICE == "cuda" else 5
 FIXTURE = HealthCheck.function_scoped_fixture
-pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+pytestmark = [needs_triton(), *([pytest.mark.gpu] if DEVICE == "cuda" else [])]
 
 
 @pytest.fixture(autouse=True)

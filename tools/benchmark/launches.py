@@ -115,9 +115,10 @@ def as_on_a_gpu(device: torch.device, counting: Counting) -> Iterator[None]:
         if device.type == "cpu":
             ours = [m for name, m in sys.modules.items() if name.startswith("panoptic_fpn_ext.")]
             for module in ours:
-                if hasattr(module, "is_eager_on_cpu"):
-                    patch = mock.patch.object(module, "is_eager_on_cpu", lambda *x: False)
-                    stack.enter_context(patch)
+                for name, answer in (("is_eager_on_cpu", False), ("is_eager_on_gpu", True)):
+                    if hasattr(module, name):
+                        patch = mock.patch.object(module, name, lambda *x, answer=answer: answer)
+                        stack.enter_context(patch)
             at_once = torchvision.ops.boxes._batched_nms_coordinate_trick
             stack.enter_context(
                 mock.patch.object(torchvision.ops.boxes, "_batched_nms_vanilla", at_once)
