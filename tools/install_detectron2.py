@@ -226,7 +226,7 @@ include = ["detectron2*"]
 # Run in a fresh interpreter, whose path must not lead to the folder it is started from. An emptied
 # folder imports as a namespace package: so what matters is imported, and each recorded file sought.
 PROBE = """
-import sys
+import csv, sys
 sys.path[:] = [folder for folder in sys.path if folder]
 import detectron2.engine, detectron2.evaluation, detectron2.modeling
 from importlib.metadata import PackageNotFoundError, distribution
@@ -235,9 +235,11 @@ try:
 except PackageNotFoundError:  # a source tree on PYTHONPATH, say
     recorded = []
 else:
-    recorded = [f for f in installed.files or [] if installed.read_text("RECORD")]
+    # Not installed.files, which from Python 3.12 on leaves out what is missing.
+    lines = (installed.read_text("RECORD") or "").splitlines()
+    recorded = [row[0] for row in csv.reader(lines) if row]
 for file in recorded:
-    if file.suffix != ".pyc" and not file.locate().exists():
+    if not file.endswith(".pyc") and not installed.locate_file(file).exists():
         raise ImportError(f"its file {file} is missing")
 print(detectron2.__version__, "in", detectron2.__path__[0])
 """
