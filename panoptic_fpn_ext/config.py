@@ -42,14 +42,15 @@ def add_panoptic_fpn_config(cfg: CfgNode) -> None:
         return  # they are there, and may be set
     # Speed, with the same results up to rounding (docs/ACCELERATION.md).
     cfg.MODEL.ACCELERATION = CfgNode()
-    # On CPUs in inference, convolutions with fewer multiplications.
+    # On CPUs in inference, convolutions with fewer multiplications, where that is faster.
     cfg.MODEL.ACCELERATION.WINOGRAD = True
     # Batch normalization, in training only where frozen, as part of the convolution before it.
     cfg.MODEL.ACCELERATION.FOLD_BN = True
     # The channels of a pixel side by side in memory, where that is faster: on GPUs, and on CPUs in
-    # inference without Winograd's algorithm.
+    # inference.
     cfg.MODEL.ACCELERATION.CHANNELS_LAST = True
-    # "float16" or "bfloat16" for mixed precision in inference; for training, SOLVER.AMP.
+    # "float16" or "bfloat16" for mixed precision in inference; "auto" for bfloat16 on CPUs that are
+    # faster in it, float32 elsewhere. For training, SOLVER.AMP.
     cfg.MODEL.ACCELERATION.PRECISION = "float32"
     # In inference on GPUs, backbone, semantic branch and RPN head as CUDA graphs, of the sizes of
     # images that come again; and by torch.compile. Both are off by default.

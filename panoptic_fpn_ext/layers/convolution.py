@@ -1,10 +1,12 @@
 """Convolutions with fewer passes over the features and fewer multiplications."""
 
 import contextlib
+import functools
+import logging
 import math
 import platform
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,20 +15,23 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d, NaiveSyncBatchNorm
 from torch import nn
 from torch.nn import functional as F
 
+from .fastest import fastest, magnitude
 from .stand_in import StandIn, is_eager, is_eager_on_cpu
 
-# From where on each way of convolving beats oneDNN's (measured on x86-64).
-WINOGRAD_MIN_CHANNELS = 64
-WINOGRAD_MIN_PIXELS = 2048
-WINOGRAD_MIN_BATCH = 32
-MATMUL_MIN_PIXELS = 2048
+# Convolutions of fewer multiply-adds take less than a millisecond: not worth measuring. Ways are
+# measured on no more pixels of an image, and no more images, than these.
+WORTH_MEASURING = 2**24
+SAMPLE_PIXELS = 2**16
+SAMPLE_IMAGES = 32
 
 # Features whose greatest magnitude is at most so many times their mean keep Winograd's error within
 # 2e-3 of the mean magnitude of the outputs, which is about TF32's (docs/ACCELERATION.md).
 WINOGRAD_MAX_SPREAD = 100
 WINOGRAD_MAX_MAGNITUDE = 1e30
 
-# What bounds NNPACK's workspace: so many pixels at once, and of larger images strips of so many.
+# What bounds NNPACK's workspace: so many pixels at once, of images below the first several; and of
+# larger images strips of so many.
+WINOGRAD_SMALL_PIXELS = 2**11
 WINOGRAD_MAX_PIXELS = 2**16
 WINOGRAD_STRIP_PIXELS = 2**14
 
@@ -58,10 +63,9 @@ class FastConvNorm2d(StandIn, Conv2d):
     gradient. Weights are folded anew in each forward, which costs less than 1 % of it: there is
     nothing to go stale.
 
-    With ``channels_last``, what convolves images brings them to the layout in which the channels of
-    a pixel are side by side in memory, where that is faster: on GPUs but in full float32, and on
-    CPUs in inference where Winograd's algorithm is not taken. The other convolutions keep the
-    layout of their input.
+    With ``channels_last``, what convolves images on GPUs, but in full float32, brings them to the
+    layout in which the channels of a pixel are side by side in memory. The other convolutions keep
+    the layout of their input.
     """
 
     winograd: bool
@@ -86,7 +90,7 @@ class FastConvNorm2d(StandIn, Conv2d):
     @torch.jit.unused
     def _accelerated(self, x: torch.Tensor) -> torch.Tensor:
         brings = self.channels_last and self.in_channels == IMAGE_CHANNELS
-        if brings and not self._is_planar(x):
+        if brings and _is_for_tensor_cores(x):
             x = x.contiguous(memory_format=torch.channels_last)
         weight, bias, norm = self.weight, self.bias, self.norm
         if self.fold_batch_norm and _is_foldable(norm):
@@ -101,12 +105,14 @@ class FastConvNorm2d(StandIn, Conv2d):
         is_relu = self.activation in (F.relu, torch.relu) or isinstance(self.activation, nn.ReLU)
         return x.relu_() if is_relu and not x.requires_grad else self.activation(x)
 
-    def _is_planar(self, x: torch.Tensor) -> bool:
-        """Whether images stay as they are, each channel in one piece."""
-        if x.is_cuda:  # tensor cores want the channels side by side; cuDNN in full float32 does not
-            in_full = x.dtype == torch.float32 and not torch.is_autocast_enabled("cuda")
-            return in_full and not torch.backends.cudnn.allow_tf32
-        return torch.is_grad_enabled() or (self.winograd and has_winograd(x))
+
+def _is_for_tensor_cores(x: torch.Tensor) -> bool:
+    """Whether images are convolved by what wants the channels side by side; on GPUs in full float32
+    cuDNN does not."""
+    if not x.is_cuda:
+        return False
+    in_full = x.dtype == torch.float32 and not torch.is_autocast_enabled("cuda")
+    return not in_full or torch.backends.cudnn.allow_tf32
 
 
 def _is_foldable(norm: nn.Module | None) -> bool:
@@ -168,8 +174,8 @@ def _folded(
 
 
 def has_winograd(x: torch.Tensor) -> bool:
-    """Whether :func:`convolve` may take Winograd's algorithm for ``x``, which wants each channel in
-    one piece: in inference on x86-64 CPUs, where PyTorch has NNPACK."""
+    """Whether :func:`convolve` may take Winograd's algorithm for ``x``: in inference on
+    x86-64 CPUs, where PyTorch has NNPACK."""
     return (
         not torch.is_grad_enabled()
         and is_eager_on_cpu(x)
@@ -190,30 +196,108 @@ def convolve(
     *,
     winograd: bool,
 ) -> torch.Tensor:
-    """:func:`F.conv2d`, on CPUs in float32 in a faster way where there is one.
+    """:func:`F.conv2d`, on CPUs in float32 in the way that is fastest on this machine.
 
-    With ``winograd``, large 3x3 convolutions of stride 1 take Winograd's algorithm in inference
+    With ``winograd``, 3x3 convolutions of stride 1 may take Winograd's algorithm in inference
     (Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016) as NNPACK has it,
     which comes with PyTorch: F(6x6, 3x3), 5 times fewer multiplications. It spreads the rounding
     error of large values over their neighbours, so features with outliers and values that are not
-    finite are convolved directly. Large 1x1 convolutions are matrix products.
+    finite are convolved directly. 1x1 convolutions may be matrix products. Which way is faster is
+    measured, see :func:`~panoptic_fpn_ext.layers.fastest.fastest`.
     """
+    geometry = stride, padding, dilation, groups
     is_plain = dilation == (1, 1) and groups == 1 and x.dim() == 4 and x.numel()
     if winograd and is_plain and is_eager_on_cpu(x, weight):
-        kernel = tuple(weight.shape[-2:])
-        pixels = math.ceil(x.shape[-2] / stride[0]) * math.ceil(x.shape[-1] / stride[1])
-        if kernel == (1, 1) and padding == (0, 0) and pixels >= MATMUL_MIN_PIXELS:
-            return _matrix_product(x[:, :, :: stride[0], :: stride[1]], weight.flatten(1), bias)
-        if (
-            kernel == (3, 3)
-            and padding == stride == (1, 1)
-            and min(weight.shape[:2]) >= WINOGRAD_MIN_CHANNELS
-            and (pixels >= WINOGRAD_MIN_PIXELS or len(x) >= WINOGRAD_MIN_BATCH)
-            and has_winograd(x)
-            and _is_exact_enough(x, weight)
-        ):
-            return _winograd(x, weight, bias)
-    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        pixels = x.shape[0] * x.shape[2] * x.shape[3] / math.prod(stride)
+        is_large = pixels * weight.numel() >= WORTH_MEASURING
+        way = _other_way(x, weight, stride, padding) if is_large else None
+        if way and _is_faster(way, x, weight, bias, geometry):
+            return way(x, weight, bias, geometry)
+    return F.conv2d(x, weight, bias, *geometry)
+
+
+# The parameters of a convolution: stride, padding, dilation, groups.
+Geometry = tuple[tuple[int, int], tuple[int, int] | str, tuple[int, int], int]
+Way = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, Geometry], torch.Tensor]
+
+
+def _other_way(
+    x: torch.Tensor, weight: torch.Tensor, stride: tuple[int, int], padding: tuple[int, int] | str
+) -> Way | None:
+    """How to convolve otherwise than directly, if there is a way."""
+    kernel = tuple(weight.shape[-2:])
+    if kernel == (1, 1) and padding == (0, 0) and x.is_contiguous():
+        return _by_matrix_product
+    if kernel == (3, 3) and padding == stride == (1, 1) and has_winograd(x):
+        return _by_winograd
+    return None
+
+
+def _is_faster(
+    way: Way,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    geometry: Geometry,
+) -> bool:
+    """Whether a way is faster than the direct one; with gradients, with them."""
+    number, _, height, width = x.shape
+    is_planar = x.is_contiguous()
+    key = (
+        tuple(weight.shape),
+        bias is None,
+        geometry,
+        is_planar,
+        torch.is_grad_enabled(),
+        magnitude(height * width, SAMPLE_PIXELS),
+        magnitude(number, SAMPLE_IMAGES),
+    )
+
+    def ways() -> dict[str, Callable[[], object]]:
+        rows = max(1, SAMPLE_PIXELS // width) * geometry[0][0]
+        layout = torch.contiguous_format if is_planar else torch.channels_last
+        sample = x[:SAMPLE_IMAGES, :, :rows].detach().clone(memory_format=layout)
+        tensors = [sample, weight.detach().clone()]
+        if torch.is_grad_enabled():
+            tensors = [tensor.requires_grad_() for tensor in tensors]
+        fixed_bias = None if bias is None else bias.detach()
+
+        def run(convolve: Way) -> None:
+            output = convolve(*tensors, fixed_bias, geometry)
+            if torch.is_grad_enabled():
+                torch.autograd.grad(output, tensors, torch.ones_like(output))
+
+        return {
+            "direct": functools.partial(run, _directly),
+            NAMES[way]: functools.partial(run, way),
+        }
+
+    what = f"convolution {tuple(weight.shape)} of {height}x{width}"
+    return fastest("convolution", key, ways, about=what, level=logging.DEBUG) == NAMES[way]
+
+
+def _directly(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry
+) -> torch.Tensor:
+    return F.conv2d(x, weight, bias, *geometry)
+
+
+def _by_matrix_product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry
+) -> torch.Tensor:
+    rows, columns = geometry[0]
+    return _matrix_product(x[:, :, ::rows, ::columns], weight.flatten(1), bias)
+
+
+def _by_winograd(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry
+) -> torch.Tensor:
+    if _is_exact_enough(x, weight):
+        return _winograd(x, weight, bias)
+    return F.conv2d(x, weight, bias, *geometry)
+
+
+NAMES = {_by_matrix_product: "matrix product", _by_winograd: "Winograd's algorithm"}
 
 
 def _matrix_product(
@@ -245,7 +329,7 @@ def _winograd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
     """NNPACK's 3x3 convolution of stride 1 and padding 1, in pieces that bound its workspace."""
     x, weight = x.contiguous(), weight.contiguous()
     number, _, height, width = x.shape
-    if height * width < WINOGRAD_MIN_PIXELS:
+    if height * width < WINOGRAD_SMALL_PIXELS:
         pieces = x.split(max(1, WINOGRAD_MAX_PIXELS // (height * width)))
         return torch.cat([_nnpack(piece, weight, bias) for piece in pieces])
     if height * width <= WINOGRAD_MAX_PIXELS:

@@ -62,10 +62,15 @@ def is_eager_on_gpu(*tensors: torch.Tensor) -> bool:
     return all(x.is_cuda for x in tensors) and is_eager(*tensors)
 
 
+def is_eager_on_cpu_in_any_precision(*tensors: torch.Tensor) -> bool:
+    """Whether what is done to ``tensors`` happens now, on a CPU."""
+    return all(x.device.type == "cpu" for x in tensors) and is_eager(*tensors)
+
+
 def is_eager_on_cpu(*tensors: torch.Tensor) -> bool:
     """Whether what is done to ``tensors`` happens now, on a CPU, in float32."""
     return (
-        all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
+        all(x.dtype == torch.float32 for x in tensors)
         and not torch.is_autocast_enabled("cpu")
-        and is_eager(*tensors)
+        and is_eager_on_cpu_in_any_precision(*tensors)
     )

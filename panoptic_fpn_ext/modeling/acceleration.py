@@ -12,14 +12,17 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from torch import nn
+from torch.nn import functional as F
 
 from ..errors import UserError
-from ..layers.convolution import FastConv2d, FastConvNorm2d
+from ..layers.convolution import FastConv2d, FastConvNorm2d, convolve
+from ..layers.fastest import fastest
 from ..layers.roi_align import ParallelROIAlign
 from ..layers.stand_in import StandIn
 from .fixed_part import FixedPart
 from .lean import (
     LeanBoxPredictor,
+    LeanDilatedResNet,
     LeanMaskHead,
     LeanResNet,
     LeanROIPooler,
@@ -27,13 +30,15 @@ from .lean import (
     LeanRPNHead,
 )
 
-PRECISIONS = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
+AUTO = "auto"
+PRECISIONS = {AUTO: None, "float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 STAND_INS = (
     FastConv2d,
     FastConvNorm2d,
     ParallelROIAlign,
     LeanResNet,
+    LeanDilatedResNet,
     LeanRPN,
     LeanRPNHead,
     LeanROIPooler,
@@ -108,7 +113,8 @@ class Acceleration:
     Attributes:
         winograd, fold_batch_norm, channels_last: see :func:`accelerate`.
         precision: of inference: ``"float32"``, or ``"float16"`` or ``"bfloat16"`` for what autocast
-            has in that precision.
+            has in that precision; ``"auto"`` for bfloat16 on CPUs that are faster in it, float32
+            elsewhere.
         cuda_graphs, compiled: of inference, see :class:`FixedPart`.
     """
 
@@ -152,8 +158,36 @@ class Acceleration:
 
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
         """The context of inference."""
-        dtype = PRECISIONS[self.precision]
+        precision = self.precision
+        if precision == AUTO:
+            precision = _fastest_precision() if device.type == "cpu" else "float32"
+        dtype = PRECISIONS[precision]
         return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+
+
+@torch.no_grad()
+def _fastest_precision() -> str:
+    """Measured on a convolution and a linear layer as the network has them."""
+
+    def ways() -> dict[str, Callable[[], Any]]:
+        features = torch.ones(1, 128, 64, 64)
+        weight = torch.ones(128, 128, 3, 3)
+        rows, matrix = torch.ones(256, 2048), torch.ones(1024, 2048)
+        geometry = (1, 1), (1, 1), (1, 1), 1
+        layout = {"memory_format": torch.channels_last}
+
+        def in_float32() -> None:
+            convolve(features, weight, None, *geometry, winograd=True)
+            F.linear(rows, matrix)
+
+        def in_bfloat16() -> None:
+            with torch.autocast("cpu", torch.bfloat16):
+                F.conv2d(features.contiguous(**layout), weight, None, *geometry)
+                F.linear(rows, matrix)
+
+        return {"float32": in_float32, "bfloat16": in_bfloat16}
+
+    return fastest("precision", (), ways, about="a network")
 
 
 def on_own_gpu(forward: Callable[..., Any]) -> Callable[..., Any]:

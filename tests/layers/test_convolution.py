@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import io
 import math
 import platform
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from panoptic_fpn_ext import accelerate
+from panoptic_fpn_ext.layers import convolution
 from panoptic_fpn_ext.layers.convolution import convolve, has_winograd
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
@@ -24,6 +26,15 @@ needs_nnpack = pytest.mark.skipif(
     not has_winograd(torch.zeros(1).detach()) and not torch.backends.nnpack.is_available(),
     reason="PyTorch without NNPACK",
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def other_ways():
+    """Whatever this machine is faster at, what can be convolved otherwise than directly is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolution, "WORTH_MEASURING", 0)
+        patch.setattr(convolution, "fastest", lambda what, key, ways, **_: [*ways()][-1])
+        yield
 
 
 def randomize(network: nn.Module) -> None:
@@ -308,8 +319,41 @@ def test_large_convolutions_take_winograds_algorithm_in_inference(kind):
     assert not took_winograd(accelerated, x)  # there are gradients
     with torch.no_grad():
         assert took_winograd(accelerated, x)
-        assert not took_winograd(accelerated, x[:, :, :8, :8])
         assert not took_winograd(accelerated_copy(network, winograd=False), x)
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "batch"), [(1, 1, 1), (1, 2, 3), (3, 1, 2), (3, 1, 40)]
+)
+def test_the_way_that_was_measured_faster_is_taken(
+    kernel, stride, batch, channels_last, grad, monkeypatch
+):
+    """Each way is measured on what it will get, and gives the same."""
+    x = torch.randn(batch, 16, 17, 23)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(16, 16, kernel, kernel)
+    geometry = (stride, stride), (kernel // 2, kernel // 2), (1, 1), 1
+    expected = F.conv2d(x, weight, None, *geometry)
+    measured = []
+
+    def choose(what, key, ways, chosen, **_):
+        for way in (by_name := ways()).values():
+            way()
+        measured.append([*by_name])
+        return [*by_name][chosen]
+
+    with torch.set_grad_enabled(grad):
+        for chosen in (0, -1):
+            choose_this = functools.partial(choose, chosen=chosen)
+            monkeypatch.setattr(convolution, "fastest", choose_this)
+            found = convolve(x, weight, None, *geometry, winograd=True)
+            assert_close(found, expected, atol=1e-3, rtol=1e-3)
+    assert all(names[0] == "direct" and len(names) == 2 for names in measured)
+    with torch.set_grad_enabled(grad):
+        assert bool(measured) == (not channels_last if kernel == 1 else has_winograd(x))
 
 
 @contextlib.contextmanager

@@ -42,6 +42,23 @@ def test_equals_detectron2(number, monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("number", [1, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_boxes_keep_their_precision(dtype, number, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(roi_align, "MIN_PARALLEL_VALUES", 5 * 3 * 7 * 5)
+    align = ROIAlign((7, 5), 0.25, 0, aligned=True)
+    parallel = accelerate(nn.Sequential(copy.deepcopy(align)))[0]
+    x, rois = torch.randn(2, 3, 30, 40).to(dtype), boxes(number)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        found = parallel(x, rois)
+    expected = align(x.double(), rois).to(dtype)
+    assert found.dtype == dtype
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+
+@torch.no_grad()
 def test_a_trace_takes_any_number_of_boxes():
     align = accelerate(ROIAlign((7, 5), 0.25, 0, aligned=True))
     x = torch.randn(2, 64, 30, 40)

@@ -5,8 +5,9 @@ import io
 
 import pytest
 import torch
+from detectron2.config import get_cfg
 from detectron2.layers import Conv2d, ROIAlign, ShapeSpec
-from detectron2.modeling import build_model
+from detectron2.modeling import build_backbone, build_model
 from detectron2.modeling.proposal_generator import StandardRPNHead
 from detectron2.modeling.roi_heads import MaskRCNNConvUpsampleHead
 from detectron2.structures import Boxes, Instances
@@ -15,9 +16,12 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.testing import assert_close
 
-from panoptic_fpn_ext import accelerate, decelerate
+from panoptic_fpn_ext import accelerate, add_panoptic_fpn_config, decelerate
+from panoptic_fpn_ext.layers import convolution
 from panoptic_fpn_ext.layers.stand_in import StandIn
+from panoptic_fpn_ext.modeling import acceleration
 from panoptic_fpn_ext.modeling import lean as lean_modules
+from panoptic_fpn_ext.modeling.acceleration import Acceleration
 
 from ..conftest import assert_same_outputs, on_cpu
 
@@ -220,3 +224,67 @@ def test_heads_script():
         accelerate(copy.deepcopy(mask))(torch.ones(2, 8, 14, 14), [instances])[0].pred_masks,
         expected[0].pred_masks,
     )
+
+
+@pytest.mark.parametrize("layout", ["planar", "channels last"])
+@pytest.mark.parametrize("backbone", ["resnet_fpn", "resnet_dilated"])
+@torch.no_grad()
+def test_a_backbone_gives_the_same_in_either_layout(layout, backbone, monkeypatch):
+    """And it is asked for the layout once, with both of them as ways."""
+    cfg = get_cfg()
+    add_panoptic_fpn_config(cfg)
+    cfg.MODEL.BACKBONE.NAME = f"build_{backbone}_backbone"
+    cfg.MODEL.RESNETS.DEPTH = 18
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+    cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    if backbone == "resnet_dilated":
+        cfg.MODEL.RESNETS.OUTPUT_STRIDE = 16
+    plain = build_backbone(cfg).eval()
+    asked = []
+
+    def choose(what, key, ways, **_):
+        by_name = ways()
+        outputs = [way() for way in by_name.values()]
+        asked.append([*by_name])
+        for name in outputs[0]:
+            assert_close(outputs[1][name], outputs[0][name], atol=1e-3, rtol=1e-3)
+        return layout
+
+    monkeypatch.setattr(lean_modules, "fastest", choose)
+    monkeypatch.setattr(convolution, "fastest", lambda what, key, ways, **_: "direct")
+    x = torch.randn(2, 3, 64, 96)
+    found, expected = accelerate(copy.deepcopy(plain))(x), plain(x)
+    for name in expected:
+        assert_close(found[name], expected[name], atol=1e-3, rtol=1e-3)
+    assert asked == [["planar", "channels last"]]
+    if backbone == "resnet_dilated":
+        is_planar = found["res5"].is_contiguous()
+        assert is_planar == (layout == "planar")
+    asked.clear()
+    accelerate(copy.deepcopy(plain), channels_last=False)(x)
+    with torch.enable_grad():
+        accelerate(copy.deepcopy(plain))(x)
+    assert not asked
+
+
+@pytest.mark.parametrize("chosen", ["float32", "bfloat16"])
+def test_the_precision_that_was_measured_faster_is_taken(chosen, monkeypatch):
+    def choose(what, key, ways, **_):
+        for way in (by_name := ways()).values():
+            way()
+        assert [*by_name] == ["float32", "bfloat16"]
+        return chosen
+
+    monkeypatch.setattr(acceleration, "fastest", choose)
+    with Acceleration(precision="auto").autocast(torch.device("cpu")):
+        found = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert found.dtype == getattr(torch, chosen)
+
+
+def test_measuring_a_precision_draws_no_random_numbers():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    with Acceleration(precision="auto").autocast(torch.device("cpu")):
+        pass
+    assert torch.equal(torch.rand(3), expected)

@@ -133,9 +133,10 @@ def compare(
     flops = counter.get_total_flops() / args.images
     floor = {"multiply_adds": round(flops / 2), "floor_ms": round(1000 * flops / peak, 3)}
 
+    exact = is_exact(args) and ours.acceleration.precision == "float32"
     rows = []
     for place, name in enumerate(postprocessors, 1):
-        same = agrees(found[name], exact=is_exact(args))
+        same = agrees(found[name], exact=exact)
 
         def row(stage: str, place: int = place, same: bool = same, **rest: Any) -> Comparison:
             ours_ms, detectron2_ms = (
