@@ -73,6 +73,17 @@ def test_eval_only_repeats_the_scores_in_any_number_of_processes(
     assert "Results verification passed" in run.stdout
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "auto"])
+def test_eval_only_in_another_precision_has_all_scores(trained, tmp_path, precision):
+    run = train_net(
+        *("--config-file", CONFIG, "--eval-only", *SMALL, "MODEL.ACCELERATION.PRECISION"),
+        *(precision, "MODEL.WEIGHTS", trained / "model_final.pth", "OUTPUT_DIR", tmp_path),
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert scores(tmp_path).keys() == scores(trained).keys()
+    assert "Fastest for" in run.stdout or precision != "auto"
+
+
 def test_eval_only_fails_where_the_scores_are_not_those_expected(trained, tmp_path):
     expected = [["panoptic_seg", "PQ", scores(trained)["panoptic_seg/PQ"] + 1, 0.01]]
     run = train_net(

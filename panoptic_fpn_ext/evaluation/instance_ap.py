@@ -153,11 +153,11 @@ class InstanceAPEvaluator(ImageEvaluator[ImageInstances]):
         if prediction.has("pred_masks"):
             rles = encode_masks(prediction.pred_masks.bool().cpu().numpy())
             masks = [rle["counts"] for rle in rles]
-        boxes = prediction.pred_boxes.tensor
+        boxes = prediction.pred_boxes.tensor.float()
         return ImageInstances(
             size=size,
             boxes=BoxMode.convert(boxes, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS).cpu().numpy(),
-            scores=prediction.scores.cpu().numpy(),
+            scores=prediction.scores.float().cpu().numpy(),
             classes=classes.cpu().numpy(),
             masks=masks,
             annotations=None if self._json_file else instance_annotations(record),

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import logging
 import math
 import platform
 from collections import Counter
@@ -272,8 +271,7 @@ def _is_faster(
             NAMES[way]: functools.partial(run, way),
         }
 
-    what = f"convolution {tuple(weight.shape)} of {height}x{width}"
-    return fastest("convolution", key, ways, about=what, level=logging.DEBUG) == NAMES[way]
+    return fastest("convolution", key, ways) == NAMES[way]
 
 
 def _directly(

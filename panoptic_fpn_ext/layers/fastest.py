@@ -13,8 +13,8 @@ logger = logging.getLogger(__name__)
 # A way has to be so much faster than those before it: a difference that is not noise.
 MIN_GAIN = 0.05
 # So many times a way is timed; but once if it takes so many times as long as another.
-RUNS = 2
-HOPELESS = 1.5
+RUNS = 3
+HOPELESS = 2
 
 _chosen: dict[Hashable, str] = {}
 
@@ -24,8 +24,7 @@ def fastest(
     key: Hashable,
     ways: Callable[[], Mapping[str, Callable[[], Any]]],
     *,
-    about: str,
-    level: int = logging.INFO,
+    about: str | None = None,
 ) -> str:
     """The name of the fastest of some ways to do the same.
 
@@ -37,8 +36,7 @@ def fastest(
         what: is done.
         key: all that the times depend on, but the number of threads.
         ways: makes the ways by name, the plain one first; called for measuring alone.
-        about: ``what`` in more words, for the log.
-        level: of the line in the log.
+        about: ``what`` in more words, for a line in the log; without it there is none.
     """
     key = what, key, torch.get_num_threads()
     if key in _chosen:
@@ -52,7 +50,8 @@ def fastest(
         if seconds[name] < least * (1 - MIN_GAIN):
             best, least = name, seconds[name]
     times = ", ".join(f"{name} {1000 * s:.2f} ms" for name, s in seconds.items())
-    logger.log(level, "Fastest for %s on %d threads: %s (%s)", about, key[-1], best, times)
+    if about is not None:
+        logger.info("Fastest for %s on %d threads: %s (%s)", about, key[-1], best, times)
     _chosen[key] = best
     return best
 

@@ -343,6 +343,8 @@ class LeanBoxPredictor(StandIn, FastRCNNOutputLayers):
             For each image ``pred_boxes``, ``scores`` and ``pred_classes`` by descending score; and
             which of its proposals each is.
         """
+        # Scores of half precision would be equal too often, and NumPy does not know bfloat16.
+        predictions = (_in_full(predictions[0]), _in_full(predictions[1]))
         boxes = self.predict_boxes(predictions, proposals)
         scores = self.predict_probs(predictions, proposals)
         image_sizes = [x.image_size for x in proposals]
@@ -398,3 +400,7 @@ class LeanMaskHead(StandIn, MaskRCNNConvUpsampleHead):
         for layer in self:
             x = layer(x)
         return x
+
+
+def _in_full(x: torch.Tensor) -> torch.Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -54,17 +54,17 @@ def test_the_fastest_is_chosen_and_said_once(milliseconds, expected, monkeypatch
 
 def test_a_choice_is_kept_for_what_it_was_measured_on(monkeypatch):
     ways = Ways(monkeypatch, plain=10, other=5)
-    fastest("it", "key", ways, about="")
+    fastest("it", "key", ways, about=None)
     measured = ways.runs.total()
-    fastest("it", "key", ways, about="")
+    fastest("it", "key", ways, about=None)
     assert ways.runs.total() == measured
     for what, key in (("it", "another"), ("something else", "key")):
-        fastest(what, key, ways, about="")
+        fastest(what, key, ways, about=None)
     assert ways.runs.total() == 3 * measured
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
-        fastest("it", "key", ways, about="")
+        fastest("it", "key", ways, about=None)
     finally:
         torch.set_num_threads(threads)
     assert ways.runs.total() == 4 * measured
@@ -74,16 +74,16 @@ def test_what_is_to_be_deterministic_is_not_measured(monkeypatch):
     ways = Ways(monkeypatch, plain=10, other=5)
     torch.use_deterministic_algorithms(True)
     try:
-        assert fastest("it", "key", ways, about="") == "plain"
+        assert fastest("it", "key", ways, about=None) == "plain"
     finally:
         torch.use_deterministic_algorithms(False)
     assert not ways.runs
-    assert fastest("it", "key", ways, about="") == "other"
+    assert fastest("it", "key", ways, about=None) == "other"
 
 
 def test_what_is_hopeless_is_timed_once(monkeypatch):
     ways = Ways(monkeypatch, plain=10, other=100)
-    fastest("it", "key", ways, about="")
+    fastest("it", "key", ways, about=None)
     assert ways.runs["other"] == 2  # once to warm up
     assert ways.runs["plain"] == 1 + module.RUNS
 

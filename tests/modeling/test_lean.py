@@ -184,6 +184,19 @@ def test_detections_are_equal(agnostic, number):
     assert torch.equal(scores[rows[1], kept[1].pred_classes], kept[1].scores)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_and_boxes_are_not_rounded_to_half_precision(dtype):
+    predictor = FastRCNNOutputLayers(
+        ShapeSpec(channels=8), box2box_transform=Box2BoxTransform((1, 1, 1, 1)), num_classes=4
+    )
+    logits, deltas = torch.randn(40, 5).to(dtype), torch.randn(40, 16).to(dtype)
+    proposals = [Instances((64, 96), proposal_boxes=Boxes(make_boxes(40)))]
+    (expected,), _ = predictor.inference((logits.float(), deltas.float()), proposals)
+    (found,), _ = accelerate(copy.deepcopy(predictor)).inference((logits, deltas), proposals)
+    assert_close(found.scores, expected.scores)
+    assert_close(found.pred_boxes.tensor, expected.pred_boxes.tensor)
+
+
 def test_detections_of_what_is_not_finite():
     predictor = FastRCNNOutputLayers(
         ShapeSpec(channels=8), box2box_transform=Box2BoxTransform((1, 1, 1, 1)), num_classes=4
