@@ -48,7 +48,8 @@ def heading(environment: Mapping[str, Any]) -> str:
         told.append(f"Detectron2 {other}")
     if "precision" in environment and environment.get("images", 1) != 1:
         told.append(f"{environment['images']} images")
-    told.append(" ".join(map(str, environment.get("opts", ()))))
+    options = map(str, environment.get("opts", ()))
+    told.append(" ".join(option.rpartition(".")[2] for option in options))  # keys without folders
     return ", ".join(str(part) for part in told if part)
 
 
