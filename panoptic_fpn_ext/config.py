@@ -9,6 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 
 from .data.label_space import thing_sem_seg_ids
+from .data.registration import register_datasets_of_config
 from .errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -119,7 +120,8 @@ def resolve_config(cfg: CfgNode) -> CfgNode:
 
     A class count that has Detectron2's default follows the datasets of ``DATASETS.TRAIN`` and
     ``DATASETS.TEST``, as far as they are registered and on this machine; so do
-    ``THING_SEM_SEG_IDS``.
+    ``THING_SEM_SEG_IDS``. The datasets of ``DATASETS.PANOPTIC`` are registered first: all that a
+    config names works from it alone.
 
     Returns:
         ``cfg`` itself if it leaves nothing open (a config of Detectron2 alone, without
@@ -132,6 +134,7 @@ def resolve_config(cfg: CfgNode) -> CfgNode:
     if "ACCELERATION" not in cfg.MODEL:
         cfg = _thawed(cfg)
         add_panoptic_fpn_config(cfg)
+    register_datasets_of_config(cfg)
     _refuse_idle_keys(cfg)
 
     datasets = _datasets_with_classes(cfg)

@@ -71,6 +71,23 @@ def test_the_example_makes_checks_and_trains(folder, outputs):
     assert {"panoptic_seg/PQ", "sem_seg/mIoU", "panoptic_seg/PQ-penny"} <= scores.keys()
 
 
+def test_the_readme_predicts_with_the_config_of_the_run(folder, outputs):
+    readme = (REPOSITORY / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(import cv2.*?)```", readme, flags=re.DOTALL)
+    image = next((folder / "my" / "images").iterdir())
+    for theirs, ours in {
+        "output/quickstart": "output/coins",
+        "datasets/shapes/val/000000000001.jpg": str(image),
+        "shapes_val": "coins_val",
+    }.items():
+        assert theirs in code
+        code = code.replace(theirs, ours)
+    (folder / "predict.py").write_text(code)
+    run = bash("python predict.py", folder)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert (folder / "prediction.png").stat().st_size
+
+
 def test_a_wrong_class_count_is_the_line_on_the_page(folder, outputs):
     command = "python train_net.py --config-file my.yaml MODEL.SEM_SEG_HEAD.NUM_CLASSES 2"
     run = bash(command, folder)

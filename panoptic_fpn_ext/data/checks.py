@@ -1,8 +1,9 @@
 """Checks of a whole panoptic dataset: every file is read, everything that is wrong is listed."""
 
+import itertools
 import os
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..errors import UserError
-from .coco_json import Fault, instances_faults, panoptic_faults, read_json
+from .coco_json import Fault, instances_faults, is_polygon, panoptic_faults, read_json
 from .mapper import read_image
 from .panoptic_png import read_panoptic_png
 from .targets import segment_boxes
@@ -248,13 +249,34 @@ def _instances_faults(source: str, panoptic: Any) -> list[Fault]:
         return [_of_file("unreadable-json", source, error)]
     if not isinstance(panoptic, dict):
         return []
-    things = {c["id"] for c in _dicts(panoptic.get("categories")) if c.get("isthing") and "id" in c}
+    categories = _dicts(panoptic.get("categories"))
+    things = {
+        c["id"]: c.get("name")
+        for c in categories
+        if c.get("isthing") and isinstance(c.get("id"), (int, str))
+    }
     images = {
         image["id"]: image
         for image in _dicts(panoptic.get("images"))
         if isinstance(image.get("id"), (int, str)) and {"height", "width"} <= image.keys()
     }
-    return list(instances_faults(content, source=source, things=things, images=images))
+    faults = list(instances_faults(content, source=source, things=things, images=images))
+    return faults or [*_short_polygon_faults(content["annotations"], images, source)]
+
+
+def _short_polygon_faults(
+    annotations: list[dict[str, Any]], images: Container[Hashable], source: str
+) -> Iterator[Fault]:
+    """Polygons that are left out when the dataset is loaded."""
+    for index, annotation in enumerate(annotations):
+        mask = annotation.get("segmentation")
+        if annotation["image_id"] in images and isinstance(mask, list):
+            for polygon in itertools.filterfalse(is_polygon, mask):
+                message = (
+                    f"annotations[{index}]: segmentation has a polygon of {len(polygon)} numbers, "
+                    "expected x, y of three points at least"
+                )
+                yield Fault("short-polygon", source, message, annotation["image_id"])
 
 
 def _category_names(panoptic: Any) -> dict[int, str]:

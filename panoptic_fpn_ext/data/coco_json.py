@@ -30,6 +30,7 @@ from .coco_types import (
     SegmentId,
     Size,
 )
+from .rle_counts import counts_fault
 
 MAX_CATEGORIES = 254  # one byte, less 255 for void and class 0, "things"
 
@@ -255,20 +256,24 @@ def _segment_faults(
 
 
 def instances_faults(
-    content: Any, *, source: str, things: Collection[int], images: Mapping[Hashable, Any]
+    content: Any, *, source: str, things: Mapping[int, str], images: Mapping[Hashable, Any]
 ) -> Iterator[Fault]:
     """What is wrong in a JSON of COCO instances that goes with a panoptic JSON.
 
     Args:
         content: the JSON, as read.
         source: the file, for the faults.
-        things: the ids of the thing categories of the panoptic JSON.
+        things: the names of the thing categories of the panoptic JSON, by id.
         images: the images of the panoptic JSON by id; annotations of others are not looked at.
     """
     broken = list(_broken_rules(content, {"images": _list, "annotations": _list}))
     yield from (Fault(kind, source, message) for kind, message in broken)
     if broken:
         return
+    categories = content.get("categories")
+    for category in categories if isinstance(categories, list) else ():
+        if (message := other_name(category, things)) is not None:
+            yield Fault("other-name", source, message)
     optional = {"segmentation": _mask, "iscrowd": _flag, "keypoints": _keypoints}
     ids = (image.get("id") for image in content["images"] if isinstance(image, dict))
     known = {image_id for image_id in ids if isinstance(image_id, Hashable)}
@@ -297,6 +302,25 @@ def instances_faults(
             yield from _shape_faults(annotation, images[image_id], source, entry)
 
 
+def other_name(category: Any, things: Mapping[int, str]) -> str | None:
+    """What is wrong where a category of the JSON of instances has another name in the panoptic
+    one: it would be learned as that."""
+    if not isinstance(category, dict):
+        return None
+    number, name = category.get("id"), category.get("name")
+    if not is_of(number, int) or things.get(number, name) == name:
+        return None
+    return (
+        f"category {number} is {_short(name)}, but in the panoptic JSON it is "
+        f"{_short(things[number])}"
+    )
+
+
+def is_polygon(polygon: list[float]) -> bool:
+    """Whether it has three points at least: x, y, x, y, ..."""
+    return len(polygon) % 2 == 0 and len(polygon) >= 6
+
+
 def _shape_faults(
     annotation: dict[str, Any], image: dict[str, Any], source: str, entry: str
 ) -> Iterator[Fault]:
@@ -311,6 +335,10 @@ def _shape_faults(
             f"expected [{image['height']}, {image['width']}]"
         )
         yield Fault("wrong-size", source, message, image_id)
+    elif isinstance(mask, dict):
+        fault = counts_fault(mask["counts"], image["height"] * image["width"])
+        if fault:
+            yield Fault("wrong-value", source, f"{entry}: segmentation has {fault}", image_id)
     elif isinstance(mask, list) and not is_of(mask, Polygons):
         message = f"{entry}: segmentation contains a polygon that is not a list of numbers"
         yield Fault("wrong-value", source, message, image_id)

@@ -30,6 +30,15 @@ def thing_sem_seg_ids(metadata: Metadata) -> dict[int, int]:
     return dict.fromkeys(categories, 0)
 
 
+def dataset_ids(metadata: Metadata) -> dict[int, int]:
+    """The ids of the categories of a dataset, and their contiguous ones, of things or of semantic
+    classes; without that of the class "things" where no category is called so."""
+    things = metadata.thing_dataset_id_to_contiguous_id
+    of_things = set(thing_sem_seg_ids(metadata).values())
+    stuff = metadata.stuff_dataset_id_to_contiguous_id.items()
+    return {k: v for k, v in stuff if k not in things and v not in of_things} | things
+
+
 def with_isthing(
     segments_info: Sequence[Mapping[str, Any]], thing_sem_seg_ids: Mapping[int, int]
 ) -> list[dict[str, Any]]:

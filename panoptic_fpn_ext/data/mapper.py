@@ -11,7 +11,8 @@ from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, BoxMode, PolygonMasks, polygons_to_bitmask
-from PIL import UnidentifiedImageError
+from detectron2.utils.file_io import PathManager
+from PIL import Image, UnidentifiedImageError
 from pycocotools import mask as rle
 
 from ..errors import UserError
@@ -19,6 +20,9 @@ from .augmentation import PanopticAugInput, build_augmentation
 from .label_space import thing_sem_seg_ids, with_isthing
 from .panoptic_png import read_panoptic_png
 from .targets import index_segments, instance_values, instances_from_index, sem_seg_from_index
+
+WIDE_MODES = ("I", "F")
+"""Pillow's modes of 16 and 32 bits and of floating point, which it would cut off at 255."""
 
 
 class PanopticFPNMapper(DatasetMapper):
@@ -233,6 +237,8 @@ def read_image(dataset_dict: dict[str, Any], image_format: str) -> np.ndarray:
     """
     file_name = dataset_dict["file_name"]
     try:
+        with PathManager.open(file_name, "rb") as file, Image.open(file) as header:
+            mode = header.mode
         # For BGR Detectron2 returns a reversed view, which transforms are very slow to read.
         is_bgr = image_format == "BGR"
         image = utils.read_image(file_name, format="RGB" if is_bgr else image_format)
@@ -243,6 +249,11 @@ def read_image(dataset_dict: dict[str, Any], image_format: str) -> np.ndarray:
     except Exception as error:  # decoders raise whatever they like on damaged files
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UserError(f"{file_name}: cannot read the image: {reason}") from error
+    if mode.startswith(WIDE_MODES):
+        raise UserError(
+            f"{file_name}: pixels of mode {mode}, of more than 8 bits, and there is no one way to "
+            "make them 8: convert the image"
+        )
     _check_size(file_name, image, dataset_dict)
     return image
 

@@ -7,8 +7,9 @@ of :mod:`~panoptic_fpn_ext.data.coco_json`, which say what is wrong.
 
 import contextlib
 import logging
+import math
 import os
-from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, islice
 from operator import itemgetter
@@ -24,6 +25,8 @@ from pycocotools import mask as rle
 from ..errors import UserError
 from .coco_json import (
     instances_faults,
+    is_polygon,
+    other_name,
     panoptic_faults,
     raise_first,
     read_bytes,
@@ -31,7 +34,8 @@ from .coco_json import (
     without_gc,
 )
 from .coco_types import Annotation, Categories, Content, Image, Instance, WithId
-from .label_space import thing_sem_seg_ids
+from .label_space import dataset_ids, thing_sem_seg_ids
+from .rle_counts import counts_fault
 from .virtual_files import sem_seg_file_name
 
 logger = logging.getLogger(__name__)
@@ -70,7 +74,6 @@ def load_panoptic_dataset(name: str) -> Records:
     metadata = MetadataCatalog.get(name)
     source = metadata.panoptic_json
     things = metadata.thing_dataset_id_to_contiguous_id
-    stuff = metadata.stuff_dataset_id_to_contiguous_id
 
     def quickly() -> Records:
         content = _decode(source, Content)
@@ -83,14 +86,17 @@ def load_panoptic_dataset(name: str) -> Records:
         content = read_json(source)
         if isinstance(content, dict):
             _check_categories(content.get("categories"), metadata)
-        raise_first(panoptic_faults(content, source=source, category_ids={*things, *stuff}))
+        raise_first(panoptic_faults(content, source=source, category_ids=dataset_ids(metadata)))
         return _records(content["images"], content["annotations"], metadata)
 
     with without_gc():
         records = _first(quickly, exactly)
         if "json_file" in metadata.as_dict():
             annotations = load_instances(
-                metadata.json_file, thing_ids=things, images={r["image_id"]: r for r in records}
+                metadata.json_file,
+                thing_ids=things,
+                thing_classes=metadata.thing_classes,
+                images={r["image_id"]: r for r in records},
             )
             for record in records:
                 record["annotations"] = annotations[record["image_id"]]
@@ -98,21 +104,29 @@ def load_panoptic_dataset(name: str) -> Records:
 
 
 def load_instances(
-    instances_json: str, *, thing_ids: Mapping[int, int], images: Mapping[Hashable, dict[str, Any]]
+    instances_json: str,
+    *,
+    thing_ids: Mapping[int, int],
+    thing_classes: Sequence[str],
+    images: Mapping[Hashable, dict[str, Any]],
 ) -> dict[Hashable, list[dict[str, Any]]]:
     """Instance annotations by image id, as Detectron2's ``load_coco_json`` has them.
 
     Args:
         instances_json: annotations in the format of COCO instances.
         thing_ids: from the category ids of the JSON to contiguous ones.
+        thing_classes: the names of these.
         images: the images to load, dicts with ``height`` and ``width``, by id.
 
     Raises:
         UserError: the first fault in the JSON.
     """
+    names = {number: thing_classes[place] for number, place in thing_ids.items()}
 
     def quickly() -> dict[Hashable, list[dict[str, Any]]]:
         content = _decode(instances_json, Content)
+        for category in content.categories if isinstance(content.categories, list) else ():
+            _expect(other_name(category, names) is None, "another name")
         known = {image.id for image in map(_decoder(WithId), content.images)}
         if known.isdisjoint(images):
             raise msgspec.ValidationError("none of the images")
@@ -121,8 +135,7 @@ def load_instances(
 
     def exactly() -> dict[Hashable, list[dict[str, Any]]]:
         content = read_json(instances_json)
-        things = thing_ids.keys()
-        faults = instances_faults(content, source=instances_json, things=things, images=images)
+        faults = instances_faults(content, source=instances_json, things=names, images=images)
         raise_first(faults)
         annotations = (a for a in content["annotations"] if a["image_id"] in images)
         annotations = (msgspec.convert(a, Instance) for a in annotations)
@@ -166,7 +179,7 @@ def _records(
         KeyError, msgspec.ValidationError: where entries do not go together.
     """
     things = metadata.thing_dataset_id_to_contiguous_id
-    contiguous = {**metadata.stuff_dataset_id_to_contiguous_id, **things}
+    contiguous = dataset_ids(metadata)
     classes_of_things = thing_sem_seg_ids(metadata)
     image_file_name = metadata.get("image_file_name", itemgetter("file_name"))
     sizes = {}
@@ -230,10 +243,11 @@ def _instances(
         if isinstance(mask, dict):
             size = [images[image_id]["height"], images[image_id]["width"]]
             _expect(mask["size"] == size, "a mask of another size")
+            _expect(counts_fault(mask["counts"], math.prod(size)) is None, "odd counts")
             if isinstance(mask["counts"], list):
                 mask = rle.frPyObjects(mask, *size)
         elif mask:
-            mask = [polygon for polygon in mask if len(polygon) % 2 == 0 and len(polygon) >= 6]
+            mask = [*filter(is_polygon, mask)]
             if not mask:
                 without_mask += 1
                 continue
@@ -286,10 +300,7 @@ def _expect(holds: bool, what: str) -> None:
 
 def _check_categories(categories: Any, metadata: Metadata) -> None:
     """Raise UserError if a panoptic JSON has categories its dataset was registered without."""
-    known = [
-        *metadata.thing_dataset_id_to_contiguous_id,
-        *metadata.stuff_dataset_id_to_contiguous_id,
-    ]
+    known = [*dataset_ids(metadata)]
     for category in categories if isinstance(categories, list) else ():
         if isinstance(category, dict) and category.get("id") not in known:
             raise UserError(

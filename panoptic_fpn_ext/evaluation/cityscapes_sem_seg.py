@@ -15,7 +15,6 @@ from cityscapesscripts.helpers.labels import name2label
 from detectron2.data import Metadata
 
 from ..data.targets import index_segments
-from ..errors import UserError
 from .base import Scores
 from .common import check_size, classes_table, mean, metrics_table
 from .panoptic_maps import joint_counts, read_ground_truth
@@ -87,10 +86,8 @@ class CityscapesSemSegEvaluator(SemSegIoUEvaluator):
         confusion = np.zeros((num_classes, num_classes), dtype=np.int64)
         instances = []
         for info, row in zip(segments, counts[1:], strict=True):
-            if not row.any():
-                raise UserError(
-                    f"{gt_source}: segments_info has id {info['id']}, which no pixel has"
-                )
+            if not row.any():  # covered by others
+                continue
             category = info["category_id"]
             true = self._thing_sem_seg_ids[category] if info["isthing"] else category
             confusion[true] += row

@@ -13,7 +13,7 @@ from detectron2.structures import BoxMode, Instances
 from detectron2.utils.logger import create_small_table
 from faster_coco_eval import COCO, COCOeval_faster
 
-from ..data.coco_json import instances_faults, raise_first, read_json
+from ..data.coco_json import instances_faults, is_polygon, raise_first, read_json
 from ..data.targets import index_segments
 from ..errors import UserError
 from .base import ImageEvaluator, Scores
@@ -24,8 +24,6 @@ from .rle import encode_masks
 logger = logging.getLogger(__name__)
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-_NEEDED = {"bbox": ("area",), "segm": ("area", "segmentation")}
-"""Fields of an annotation, beside those that every COCO instances JSON has."""
 
 
 @dataclass
@@ -60,8 +58,7 @@ def instance_annotations(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         ``segmentation`` (run-length encoded, ``counts`` as bytes).
 
     Raises:
-        UserError: see :func:`read_panoptic_png` and :func:`index_segments`; also a segment without
-            a pixel.
+        UserError: see :func:`read_panoptic_png` and :func:`index_segments`.
     """
     source, segments_info = record["pan_seg_file_name"], record["segments_info"]
     index = index_segments(read_ground_truth(source), segments_info, source=source)
@@ -71,8 +68,8 @@ def instance_annotations(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     annotations = []
     for (_, info), rle in zip(things, rles, strict=True):
         area = int(mask_util.area(rle))
-        if not area:
-            raise UserError(f"{source}: segments_info has id {info['id']}, which no pixel has")
+        if not area:  # covered by others
+            continue
         annotations.append(
             {
                 "category_id": info["category_id"],
@@ -229,18 +226,26 @@ class InstanceAPEvaluator(ImageEvaluator[ImageInstances]):
             image_id: {"height": image.size[0], "width": image.size[1]}
             for image_id, image in images.items()
         }
-        raise_first(
-            instances_faults(content, source=source, things=to_contiguous.keys(), images=sizes)
-        )
-        needed = [field for task in tasks for field in _NEEDED[task]]
+        names = {k: self._class_names[place] for k, place in to_contiguous.items()}
+        raise_first(instances_faults(content, source=source, things=names, images=sizes))
         annotations: dict[Hashable, list[dict[str, Any]]] = {image_id: [] for image_id in images}
         for place, annotation in enumerate(content["annotations"]):
             if annotation["image_id"] not in annotations:
                 continue
-            if missing := [field for field in needed if field not in annotation]:
-                raise UserError(f"{source}: annotations[{place}]: no field {missing[0]!r}")
-            contiguous = to_contiguous[annotation["category_id"]]
-            annotations[annotation["image_id"]].append({**annotation, "category_id": contiguous})
+            mask = annotation.get("segmentation")
+            if isinstance(mask, list) and mask:
+                mask = [*filter(is_polygon, mask)]
+                if not mask:  # as where the records are loaded, which says so
+                    continue
+            if not mask and "segm" in tasks:
+                raise UserError(f"{source}: annotations[{place}]: no field 'segmentation'")
+            image_id = annotation["image_id"]
+            instance = {**annotation, "category_id": to_contiguous[annotation["category_id"]]}
+            if mask:
+                instance["segmentation"] = mask
+            if "area" not in annotation:
+                instance["area"] = _area(instance, sizes[image_id])
+            annotations[image_id].append(instance)
         return annotations
 
     def _average_precisions(
@@ -274,6 +279,16 @@ class InstanceAPEvaluator(ImageEvaluator[ImageInstances]):
         cells = [cell for name in self._class_names for cell in (name, result[f"AP-{name}"])]
         rows = [cells[i : i + 2 * columns] for i in range(0, len(cells), 2 * columns)]
         logger.info(f"Per-category {task} AP:\n" + pipe_table(["category", "AP"] * columns, rows))
+
+
+def _area(annotation: Mapping[str, Any], size: Mapping[str, int]) -> float:
+    """The area of an annotation that does not say it: its mask's or, without one, its box's."""
+    mask = annotation.get("segmentation")
+    if not mask:
+        return annotation["bbox"][2] * annotation["bbox"][3]
+    if isinstance(mask, list) or isinstance(mask["counts"], list):
+        mask = mask_util.frPyObjects(mask, size["height"], size["width"])
+    return float(mask_util.area(mask_util.merge(mask) if isinstance(mask, list) else mask))
 
 
 def _detections(images: Iterable[ImageInstances], task: str) -> list[dict[str, Any]]:

@@ -75,7 +75,8 @@ def match_segments(
 
     A predicted and a true segment of one category match where their IoU, void pixels left out of
     the union, is above 0.5. An unmatched prediction is not counted where more than half of it
-    lies on void and on the crowd segment of its category; of several crowd segments of one
+    lies on void and on the crowd segment of its category; a true segment without a pixel is missed.
+    Of several crowd segments of one
     category only the last listed one counts, as in panopticapi. Areas are counted in the id maps.
 
     Args:
@@ -94,7 +95,7 @@ def match_segments(
     """
     check_size(pred_source, pred_ids.shape, gt_source, gt_ids.shape)
     gt_values, pred_values, lengths = joint_runs(gt_ids, pred_ids)
-    rows = _segment_numbers(gt_values, gt_segments, gt_source)
+    rows = _segment_numbers(gt_values, gt_segments, gt_source, may_be_absent=True)
     columns = _segment_numbers(pred_values, pred_segments, pred_source)
 
     shape = len(gt_segments) + 1, len(pred_segments) + 1
@@ -141,12 +142,17 @@ def category_of(segment: Mapping[str, Any]) -> Category:
 
 
 def _segment_numbers(
-    values: np.ndarray, segments: Sequence[Mapping[str, Any]], source: str
+    values: np.ndarray,
+    segments: Sequence[Mapping[str, Any]],
+    source: str,
+    *,
+    may_be_absent: bool = False,
 ) -> np.ndarray:
     """Which of ``segments``, counted from 1, each of the ids ``values`` means; 0 is void.
 
     Raises:
-        UserError: a segment lacks a field or shares its id, or ids are only in one of the two.
+        UserError: a segment lacks a field or shares its id, or ids are only in one of the two
+            (unless ``may_be_absent``, in ``segments`` alone).
     """
     for segment in segments:
         if missing := _SEGMENT_FIELDS - segment.keys():
@@ -164,6 +170,8 @@ def _segment_numbers(
     unknown = values[ids[positions] != values]
     if len(unknown):
         raise UserError(f"{source}: pixels with ids that segments_info lacks: {_listed(unknown)}")
+    if may_be_absent:
+        return order[positions]
     found = np.bincount(positions, minlength=len(ids)) > 0
     absent = ids[~found & (ids != 0)]
     if len(absent):

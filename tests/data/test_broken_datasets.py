@@ -83,6 +83,16 @@ def sixteen_bit(data: TinyDataset) -> None:
     cv2.imwrite(str(data.png(1)), np.zeros((24, 32, 3), np.uint16))
 
 
+def wide_image(mode: str, kind: type) -> Break:
+    """Of more than 8 bits; PNG knows 16 alone."""
+
+    def save(data: TinyDataset) -> None:
+        image = Image.fromarray(np.full((24, 32), 1000, kind))
+        image.save(data.images / "1.jpg", format="PNG" if mode == "I;16" else "TIFF")
+
+    return save
+
+
 def two_annotations(data: TinyDataset) -> None:
     data.panoptic["annotations"].append(data.annotation(1))
 
@@ -104,6 +114,13 @@ CASES: dict[str, tuple[Break, str]] = {
     "not an image": (
         lambda d: (d.images / "1.jpg").write_text("<html>"),
         r"images/1\.jpg: cannot read",
+    ),
+    "16-bit grey image": (wide_image("I;16", np.uint16), r"images/1\.jpg: pixels of mode I;16"),
+    "32-bit image": (wide_image("I", np.int32), r"images/1\.jpg: pixels of mode I,"),
+    "image of floating point": (wide_image("F", np.float32), r"images/1\.jpg: pixels of mode F,"),
+    "category 0": (
+        change_segment(category_id=0),
+        r"image 1: segment 300: category_id 0 is not among the categories",
     ),
     "image of another size": (change_image(width=31), r"images/1\.jpg: 32x24 .*31x24"),
     "no height": (drop(lambda d: d.image(1), "height"), r"image 1: images\[0\]: no .*'height'"),

@@ -326,10 +326,50 @@ def test_mistakes_are_named(tmp_path):
         message = rf"pred_classes {category}\.\.{category}, but the dataset has 3 thing"
         with pytest.raises(UserError, match=message):
             evaluate(records[:1], [{"instances": wrong}], **arguments)
-    records, outputs, _, _ = in_pngs(np.random.default_rng(8), tmp_path, 1)
+
+
+def test_a_segment_that_others_cover_is_no_truth(tmp_path):
+    records, outputs, _, _ = in_pngs(np.random.default_rng(8), tmp_path, 3)
+    expected = evaluate(records, outputs)
     records[0]["segments_info"].append({"id": 77, "category_id": 0, "isthing": True})
-    with pytest.raises(UserError, match=r"0\.png: segments_info has id 77, which no pixel has"):
-        evaluate(records, outputs)
+    np.testing.assert_equal(evaluate(records, outputs), expected)
+
+
+def rewritten(arguments, change):
+    path = Path(arguments["json_file"])
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_areas_that_are_not_given_are_the_masks(tmp_path):
+    records, outputs, arguments, _ = in_json(np.random.default_rng(9), tmp_path, 8)
+
+    def measure(content):
+        for annotation in content["annotations"]:
+            mask = annotation["segmentation"]
+            if isinstance(mask, list):
+                mask = mask_util.merge(mask_util.frPyObjects(mask, *SIZE))
+            annotation["area"] = int(mask_util.decode(mask).sum())
+
+    rewritten(arguments, measure)
+    expected = evaluate(records, outputs, **arguments)
+    rewritten(arguments, lambda content: [a.pop("area") for a in content["annotations"]])
+    np.testing.assert_equal(evaluate(records, outputs, **arguments), expected)
+
+
+@pytest.mark.parametrize("polygon", [[1, 2, 3, 4], [5, 5, 9, 9, 2]])
+def test_what_training_leaves_out_is_no_truth(polygon, tmp_path):
+    """A polygon of fewer than three points, or half a point."""
+    records, outputs, arguments, _ = in_json(np.random.default_rng(9), tmp_path, 8)
+    expected = evaluate(records, outputs, **arguments)
+
+    def add(content):
+        annotation = next(a for a in content["annotations"] if not a["iscrowd"])
+        content["annotations"].append({**annotation, "id": 1000, "segmentation": [polygon]})
+
+    rewritten(arguments, add)
+    np.testing.assert_equal(evaluate(records, outputs, **arguments), expected)
 
 
 @pytest.mark.parametrize(
@@ -337,8 +377,14 @@ def test_mistakes_are_named(tmp_path):
     [
         (lambda content: content.pop("annotations"), r"instances\.json: no field 'annotations'"),
         (
-            lambda content: content["annotations"][0].pop("area"),
-            r"annotations\[0\]: no field 'area",
+            lambda content: content["annotations"][0].update(
+                segmentation={"size": [*SIZE], "counts": [200]}
+            ),
+            r"annotations\[0\]: segmentation has counts whose sum is 200, expected 2000, H x W",
+        ),
+        (
+            lambda content: content["categories"][0].update(name="horse"),
+            r"category \d+ is 'horse', but in the panoptic JSON it is '(cat|dog|cow)'",
         ),
         (lambda content: content["annotations"][0].update(category_id=5), "category_id 5"),
         (lambda content: content["annotations"][1].pop("segmentation"), "no field 'segmentation'"),
