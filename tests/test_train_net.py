@@ -73,6 +73,26 @@ def test_eval_only_repeats_the_scores_in_any_number_of_processes(
     assert "Results verification passed" in run.stdout
 
 
+def test_training_needs_no_validation_set(shapes, tmp_path):
+    run = train_net(
+        *("--config-file", CONFIG, *SMALL, "SOLVER.MAX_ITER", "2", "DATASETS.TEST", "()"),
+        *("OUTPUT_DIR", tmp_path),
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "training without evaluation" in run.stderr + run.stdout
+    assert (tmp_path / "model_final.pth").exists()
+    assert not (tmp_path / "inference" / "metrics.json").exists()
+
+
+def test_no_checkpoint_no_scores(shapes, tmp_path):
+    run = train_net(
+        *("--config-file", CONFIG, "--eval-only", "--resume", *SMALL, "OUTPUT_DIR", tmp_path)
+    )
+    assert run.returncode == 2
+    assert "has no checkpoint" in run.stderr.splitlines()[-1]
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize("precision", ["bfloat16", "auto"])
 def test_eval_only_in_another_precision_has_all_scores(trained, tmp_path, precision):
     run = train_net(

@@ -48,7 +48,10 @@ def setup(args: argparse.Namespace) -> CfgNode:
             f"{_did_you_mean(cfg.MODEL.META_ARCHITECTURE, [k for k, _ in META_ARCH_REGISTRY])}"
         )
     register_datasets_of_config(cfg)
-    _check_datasets(cfg.DATASETS.TEST, "DATASETS.TEST")
+    if args.eval_only or cfg.DATASETS.TEST:
+        _check_datasets(cfg.DATASETS.TEST, "DATASETS.TEST")
+    else:
+        logger.warning("DATASETS.TEST is empty: training without evaluation")
     if not args.eval_only:
         _check_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
         optimizer_named(cfg.SOLVER.OPTIMIZER)
@@ -57,6 +60,12 @@ def setup(args: argparse.Namespace) -> CfgNode:
         raise UserError(f"MODEL.WEIGHTS {weights}: no such file")
     if args.eval_only and not weights and not args.resume:
         raise UserError("--eval-only needs weights: MODEL.WEIGHTS FILE, or --resume")
+    checkpoint = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
+    if args.eval_only and args.resume and not os.path.isfile(checkpoint):
+        raise UserError(
+            f"--eval-only --resume: OUTPUT_DIR {cfg.OUTPUT_DIR} has no checkpoint; to evaluate a "
+            "file, MODEL.WEIGHTS FILE without --resume"
+        )
     _choose_device(cfg, args.opts)
     if cfg.SOLVER.AMP.ENABLED and not args.eval_only and not cfg.MODEL.DEVICE.startswith("cuda"):
         raise UserError("SOLVER.AMP.ENABLED needs a GPU: set it to False")

@@ -159,7 +159,7 @@ class Trainer(DefaultTrainer):
         with torch.random.fork_rng(devices=()):
             results = super().test(cfg, model, evaluators)
         np.random.set_state(numpy_state)
-        if comm.is_main_process():
+        if results and comm.is_main_process():
             folder = os.path.join(cfg.OUTPUT_DIR, "inference")
             os.makedirs(folder, exist_ok=True)
             path = os.path.join(folder, "metrics.json")
