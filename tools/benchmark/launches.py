@@ -107,6 +107,14 @@ def _has_mask(args: tuple) -> bool:
     return any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in indices)
 
 
+ANSWERS = {
+    "is_eager_on_cpu": False,
+    "is_eager_on_cpu_in_any_precision": False,
+    "is_eager_on_gpu": True,
+}
+"""Of the questions that our modules ask, as on a GPU."""
+
+
 @contextlib.contextmanager
 def as_on_a_gpu(device: torch.device, counting: Counting) -> Iterator[None]:
     """On a CPU, without the ways of computing that are for CPUs alone: ours, and torchvision's NMS
@@ -115,7 +123,7 @@ def as_on_a_gpu(device: torch.device, counting: Counting) -> Iterator[None]:
         if device.type == "cpu":
             ours = [m for name, m in sys.modules.items() if name.startswith("panoptic_fpn_ext.")]
             for module in ours:
-                for name, answer in (("is_eager_on_cpu", False), ("is_eager_on_gpu", True)):
+                for name, answer in ANSWERS.items():
                     if hasattr(module, name):
                         patch = mock.patch.object(module, name, lambda *x, answer=answer: answer)
                         stack.enter_context(patch)
