@@ -20,7 +20,7 @@ from .stand_in import StandIn, is_eager, is_eager_on_cpu
 # Convolutions of fewer multiply-adds take less than a millisecond: not worth measuring. Ways are
 # measured on no more pixels of an image, and no more images, than these.
 WORTH_MEASURING = 2**24
-SAMPLE_PIXELS = 2**16
+SAMPLE_PIXELS = 2**15
 SAMPLE_IMAGES = 32
 
 # Features whose greatest magnitude is at most so many times their mean keep Winograd's error within

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 # A way has to be so much faster than those before it: a difference that is not noise.
 MIN_GAIN = 0.05
 # So many times a way is timed; but once if it takes so many times as long as another.
-RUNS = 3
+RUNS = 2
 HOPELESS = 2
 
 _chosen: dict[Hashable, str] = {}
