@@ -308,12 +308,10 @@ def other_name(category: Any, things: Mapping[int, str]) -> str | None:
     if not isinstance(category, dict):
         return None
     number, name = category.get("id"), category.get("name")
-    if not is_of(number, int) or things.get(number, name) == name:
+    expected = things.get(number) if is_of(number, int) else None
+    if name is None or expected is None or name == expected:
         return None
-    return (
-        f"category {number} is {_short(name)}, but in the panoptic JSON it is "
-        f"{_short(things[number])}"
-    )
+    return f"category {number} is {_short(name)}, but in the panoptic JSON it is {_short(expected)}"
 
 
 def is_polygon(polygon: list[float]) -> bool:

@@ -22,13 +22,12 @@ from ..layers.stand_in import StandIn
 from .fixed_part import FixedPart
 from .lean import (
     LeanBoxPredictor,
-    LeanDilatedResNet,
     LeanMaskHead,
-    LeanResNet,
     LeanROIPooler,
     LeanRPN,
     LeanRPNHead,
 )
+from .lean_backbone import LeanDilatedResNet, LeanResNet
 
 AUTO = "auto"
 PRECISIONS = {AUTO: None, "float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -358,6 +358,13 @@ def test_areas_that_are_not_given_are_the_masks(tmp_path):
     np.testing.assert_equal(evaluate(records, outputs, **arguments), expected)
 
 
+def test_categories_need_no_names(tmp_path):
+    records, outputs, arguments, _ = in_json(np.random.default_rng(9), tmp_path, 3)
+    expected = evaluate(records, outputs, **arguments)
+    rewritten(arguments, lambda content: [c.pop("name") for c in content["categories"]])
+    np.testing.assert_equal(evaluate(records, outputs, **arguments), expected)
+
+
 @pytest.mark.parametrize("polygon", [[1, 2, 3, 4], [5, 5, 9, 9, 2]])
 def test_what_training_leaves_out_is_no_truth(polygon, tmp_path):
     """A polygon of fewer than three points, or half a point."""

@@ -19,7 +19,7 @@ from torch.testing import assert_close
 from panoptic_fpn_ext import accelerate, add_panoptic_fpn_config, decelerate
 from panoptic_fpn_ext.layers import convolution
 from panoptic_fpn_ext.layers.stand_in import StandIn
-from panoptic_fpn_ext.modeling import acceleration
+from panoptic_fpn_ext.modeling import acceleration, lean_backbone
 from panoptic_fpn_ext.modeling import lean as lean_modules
 from panoptic_fpn_ext.modeling.acceleration import Acceleration
 
@@ -250,7 +250,7 @@ def test_a_backbone_gives_the_same_in_either_layout(layout, backbone, monkeypatc
             assert_close(outputs[1][name], outputs[0][name], atol=1e-3, rtol=1e-3)
         return layout
 
-    monkeypatch.setattr(lean_modules, "fastest", choose)
+    monkeypatch.setattr(lean_backbone, "fastest", choose)
     monkeypatch.setattr(convolution, "fastest", lambda what, key, ways, **_: "direct")
     x = torch.randn(2, 3, 64, 96)
     found, expected = accelerate(copy.deepcopy(plain))(x), plain(x)

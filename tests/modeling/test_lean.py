@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from panoptic_fpn_ext import accelerate
 from panoptic_fpn_ext.layers import convolution
-from panoptic_fpn_ext.modeling import lean
+from panoptic_fpn_ext.modeling import lean, lean_backbone
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -219,7 +219,7 @@ def test_normalizations_found_at_once_are_those_of_each(monkeypatch, ext_cfg):
     image = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         each = backbone(image)
-        monkeypatch.setattr(lean, "is_eager_on_gpu", lambda *x: True)
+        monkeypatch.setattr(lean_backbone, "is_eager_on_gpu", lambda *x: True)
         calls = []
         affine = convolution._affine
         monkeypatch.setattr(convolution, "_affine", lambda n: calls.append(n) or affine(n))

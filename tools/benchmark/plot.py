@@ -48,8 +48,9 @@ def heading(environment: Mapping[str, Any]) -> str:
         told.append(f"Detectron2 {other}")
     if "precision" in environment and environment.get("images", 1) != 1:
         told.append(f"{environment['images']} images")
-    options = map(str, environment.get("opts", ()))
-    told.append(" ".join(option.rpartition(".")[2] for option in options))  # keys without folders
+    options = [str(option) for option in environment.get("opts", ())]
+    options[::2] = [key.rpartition(".")[2] for key in options[::2]]
+    told.append(" ".join(options))
     return ", ".join(str(part) for part in told if part)
 
 
