@@ -212,7 +212,7 @@ def convolve(
         way = _other_way(x, weight, stride, padding) if is_large else None
         if way and _is_faster(way, x, weight, bias, geometry):
             return way(x, weight, bias, geometry)
-    return F.conv2d(x, weight, bias, *geometry)
+    return _directly(x, weight, bias, geometry)
 
 
 # The parameters of a convolution: stride, padding, dilation, groups.
@@ -284,7 +284,10 @@ def _by_matrix_product(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry
 ) -> torch.Tensor:
     rows, columns = geometry[0]
-    return _matrix_product(x[:, :, ::rows, ::columns], weight.flatten(1), bias)
+    x = x[:, :, ::rows, ::columns]
+    matrices = weight.flatten(1).expand(len(x), -1, -1), x.flatten(2)
+    product = torch.bmm(*matrices) if bias is None else torch.baddbmm(bias[:, None], *matrices)
+    return product.unflatten(2, x.shape[-2:])
 
 
 def _by_winograd(
@@ -292,19 +295,10 @@ def _by_winograd(
 ) -> torch.Tensor:
     if _is_exact_enough(x, weight):
         return _winograd(x, weight, bias)
-    return F.conv2d(x, weight, bias, *geometry)
+    return _directly(x, weight, bias, geometry)
 
 
 NAMES = {_by_matrix_product: "matrix product", _by_winograd: "Winograd's algorithm"}
-
-
-def _matrix_product(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """Features (N, C, H, W) times weights (C', C): (N, C', H, W)."""
-    matrices = weight.expand(len(x), -1, -1), x.flatten(2)
-    product = torch.bmm(*matrices) if bias is None else torch.baddbmm(bias[:, None], *matrices)
-    return product.unflatten(2, x.shape[-2:])
 
 
 def _is_exact_enough(x: torch.Tensor, weight: torch.Tensor) -> bool:
