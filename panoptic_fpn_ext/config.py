@@ -19,7 +19,6 @@ FROM_DATASET = -1
 """In ``MODEL.PANOPTIC_FPN.THING_SEM_SEG_IDS``: what the dataset says."""
 
 MERGING_ARCHITECTURES = ("PanopticFPNExt", "TwoNetworkPanopticFPN")
-ONLY_OUTPUT = {"SemanticFPN": "sem_seg", "GeneralizedRCNN": "instances"}
 ARCHITECTURES = (*MERGING_ARCHITECTURES, "SemanticFPN")
 _DETECTRON2_DEFAULTS = get_cfg()
 
@@ -160,14 +159,40 @@ def resolve_config(cfg: CfgNode) -> CfgNode:
         # Without a dataset as in Detectron2: class 0 is "things".
         ids = thing_sem_seg_ids(datasets[0]).values() if datasets else (0,)
         resolved["MODEL.PANOPTIC_FPN.THING_SEM_SEG_IDS"] = sorted(set(ids))
-    only_output = ONLY_OUTPUT.get(cfg.MODEL.META_ARCHITECTURE)
-    if only_output and len(cfg.MODEL.PANOPTIC_FPN.OUTPUTS) > 1:
-        resolved["MODEL.PANOPTIC_FPN.OUTPUTS"] = [only_output]
+    num_things = resolved.get("MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+    outputs, possible = list(cfg.MODEL.PANOPTIC_FPN.OUTPUTS), _possible_outputs(cfg, num_things)
+    if outputs == list(OUTPUTS):
+        resolved["MODEL.PANOPTIC_FPN.OUTPUTS"] = possible
+    elif impossible := [output for output in outputs if output not in possible]:
+        raise UserError(
+            f"MODEL.PANOPTIC_FPN.OUTPUTS {outputs}: {cfg.MODEL.META_ARCHITECTURE}"
+            f"{'' if num_things else ' without thing classes'} does not return {impossible[0]}, "
+            f"set it to {possible}"
+        )
     if resolved:
         cfg = _thawed(cfg)
         cfg.merge_from_list([item for pair in resolved.items() for item in pair])
         cfg.freeze()
     return cfg
+
+
+def _possible_outputs(cfg: CfgNode, num_things: int) -> list[str]:
+    """The outputs that the architecture can return, with so many thing classes.
+
+    Raises:
+        UserError: it needs thing classes, and there are none.
+    """
+    architecture = cfg.MODEL.META_ARCHITECTURE
+    if architecture == "SemanticFPN":
+        return ["sem_seg"]
+    if num_things:
+        return ["instances"] if architecture == "GeneralizedRCNN" else list(OUTPUTS)
+    if architecture in ("GeneralizedRCNN", "TwoNetworkPanopticFPN", "PanopticFPN"):
+        raise UserError(
+            f"MODEL.META_ARCHITECTURE {architecture}: there are no thing classes to find instances "
+            "of; choose PanopticFPNExt, or SemanticFPN for the semantic output alone"
+        )
+    return [output for output in OUTPUTS if output != "instances"]
 
 
 def _datasets_with_classes(cfg: CfgNode) -> list[Metadata]:
@@ -285,15 +310,6 @@ def _refuse_idle_keys(cfg: CfgNode) -> None:
             value = _value(cfg, key)
             if value != _value(defaults, key):
                 raise UserError(f"{key} {value} has no effect: {advice}")
-    outputs, only_output = (
-        list(cfg.MODEL.PANOPTIC_FPN.OUTPUTS),
-        ONLY_OUTPUT.get(cfg.MODEL.META_ARCHITECTURE),
-    )
-    if only_output and outputs not in ([only_output], list(OUTPUTS)):
-        raise UserError(
-            f"MODEL.PANOPTIC_FPN.OUTPUTS {outputs}: {cfg.MODEL.META_ARCHITECTURE} returns "
-            f"{only_output} alone, set it to [{only_output!r}]"
-        )
 
 
 def _value(cfg: CfgNode, key: str) -> Any:

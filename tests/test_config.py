@@ -440,7 +440,7 @@ MASK_RCNN = ("MODEL.META_ARCHITECTURE", "GeneralizedRCNN")
                 "MODEL.PANOPTIC_FPN.OUTPUTS",
                 ["sem_seg"],
             ],
-            "GeneralizedRCNN returns instances alone, set it to ['instances']",
+            "GeneralizedRCNN does not return sem_seg, set it to ['instances']",
         ),
     ],
 )

@@ -114,6 +114,11 @@ def tune(args: argparse.Namespace) -> None:
         if (number := getattr(args, option)) is not None and number < 1:
             raise UserError(f"--{option} {number}: must be at least 1")
     cfg = setup(args)
+    if "panoptic_seg" not in cfg.MODEL.PANOPTIC_FPN.OUTPUTS:
+        raise UserError(
+            f"MODEL.PANOPTIC_FPN.OUTPUTS {cfg.MODEL.PANOPTIC_FPN.OUTPUTS} of "
+            f"{cfg.MODEL.META_ARCHITECTURE}: without panoptic_seg nothing is merged"
+        )
     own = setting_of(cfg)
     grid = read_grid(args, own, lowest_score=cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST)
     dataset = cfg.DATASETS.TEST[0]
@@ -229,11 +234,16 @@ class RawOutputs:
 
     @classmethod
     def from_model(cls, output: dict[str, Any]) -> "RawOutputs":
-        """From ``sem_seg`` and ``instances`` of a model's output."""
-        logits, instances = output["sem_seg"], output["instances"].to("cpu")
+        """From ``sem_seg`` and ``instances`` of a model's output; the latter may be missing."""
+        logits = output["sem_seg"]
         dtype = np.uint8 if len(logits) <= 256 else np.uint16
+        sem_seg = argmax_classes(logits).cpu().numpy().astype(dtype)
+        if "instances" not in output:
+            boxes, classes = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
+            return cls(sem_seg, boxes, np.zeros(0, np.float32), classes, [])
+        instances = output["instances"].to("cpu")
         return cls(
-            sem_seg=argmax_classes(logits).cpu().numpy().astype(dtype),
+            sem_seg=sem_seg,
             boxes=instances.pred_boxes.tensor.numpy(),
             scores=instances.scores.numpy(),
             classes=instances.pred_classes.numpy(),
@@ -338,7 +348,8 @@ def keep_raw_outputs(
         return
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.MODEL.PANOPTIC_FPN.OUTPUTS = ["sem_seg", "instances"]
+    instances = ["instances"] if cfg.MODEL.ROI_HEADS.NUM_CLASSES else []  # only stuff has none
+    cfg.MODEL.PANOPTIC_FPN.OUTPUTS = ["sem_seg", *instances]
     model = build_model(cfg).eval()
     PanopticFPNCheckpointer(model, complete=True).load(cfg.MODEL.WEIGHTS)
     loader = build_detection_test_loader(
@@ -358,11 +369,6 @@ def keep_raw_outputs(
     with torch.no_grad():
         for (_, path), inputs in bar:
             (output,) = model(inputs)
-            if not {"sem_seg", "instances"} <= output.keys():
-                raise UserError(
-                    f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} returns only "
-                    f"{sorted(output)}; merging needs sem_seg and instances"
-                )
             RawOutputs.from_model(output).save(path)
 
 
@@ -511,10 +517,9 @@ class Totals:
             pq = sum(iou) / (tp + 0.5 * fp + 0.5 * fn)
         isthing = np.array([isthing for isthing, _ in self.categories], dtype=bool)
         splits = (pq, pq[..., isthing], pq[..., ~isthing])
+        shape = pq.shape[:-1]
         return {
-            metric: np.array([_mean(row) for row in split.reshape(-1, split.shape[-1])]).reshape(
-                split.shape[:-1]
-            )
+            metric: np.array([_mean(split[place]) for place in np.ndindex(shape)]).reshape(shape)
             for metric, split in zip(METRICS, splits, strict=True)
         }
 

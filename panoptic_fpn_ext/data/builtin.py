@@ -44,7 +44,8 @@ def register_shapes(root: Path) -> None:
 
 
 def register_coco(root: Path) -> None:
-    """``coco_2017_{train,val,val_100}_panoptic_fpn``, ``val_100`` being Detectron2's small set."""
+    """``coco_2017_{train,val,val_100,test-dev}_panoptic_fpn``; ``val_100`` is Detectron2's small
+    set, ``test-dev`` has images alone."""
     for split in ("train", "val", "val_100"):
         images, _, part = split.partition("_")
         annotations = f"{images}2017_{part}" if part else f"{images}2017"
@@ -56,6 +57,14 @@ def register_coco(root: Path) -> None:
             instances_json=root / "annotations" / f"instances_{annotations}.json",
             categories=COCO_CATEGORIES,
         )
+    register_panoptic_dataset(
+        "coco_2017_test-dev_panoptic_fpn",
+        image_root=root / "test2017",
+        panoptic_root=None,
+        panoptic_json=root / "annotations" / "image_info_test-dev2017.json",
+        categories=COCO_CATEGORIES,
+        submission_name="panoptic_test-dev2017_panoptic-fpn_results",
+    )
 
 
 def register_cityscapes(root: Path, name: str) -> None:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ..errors import UserError
 from .coco_json import Fault, instances_faults, is_polygon, panoptic_faults, read_json
 from .mapper import read_image
-from .panoptic_png import read_panoptic_png
+from .panoptic_png import hint_of_swapped_bytes, read_panoptic_png
 from .targets import segment_boxes
 
 
@@ -165,11 +165,12 @@ def _png_faults(
             f"{image.width}x{image.height}"
         )
         faults.append(Fault("wrong-size", png, message, image_id))
-    listed = {info.get("id") for info in image.segments_info}
-    for value in values:
-        if value and value not in listed:
-            message = f"{areas[value]} pixels of it, but it is not in segments_info of {source}"
-            faults.append(Fault("id-not-in-json", png, message, image_id, value))
+    listed = {info["id"] for info in image.segments_info if isinstance(info.get("id"), int)}
+    unlisted = [value for value in values if value and value not in listed]
+    hint = hint_of_swapped_bytes(unlisted, listed)
+    for value in unlisted:
+        message = f"{areas[value]} pixels of it, but it is not in segments_info of {source}{hint}"
+        faults.append(Fault("id-not-in-json", png, message, image_id, value))
     for info in image.segments_info:
         segment_id = info.get("id")
         if not segment_id:  # a fault of the JSON

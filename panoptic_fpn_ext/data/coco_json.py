@@ -197,8 +197,9 @@ def panoptic_faults(
         category_ids = [c["id"] for c in listed if isinstance(c, dict) and is_of(c.get("id"), int)]
     category_ids = set(category_ids)
 
-    images = set()
-    yield from _image_faults(content["images"], images, source)
+    yield from images_faults(content, source=source)
+    ids = (image.get("id") for image in content["images"] if isinstance(image, dict))
+    images = {image_id for image_id in ids if isinstance(image_id, Hashable)}
     if not content["annotations"]:
         yield Fault("empty", source, "annotations is an empty list: no image to train or test on")
     annotated = set()
@@ -218,10 +219,21 @@ def panoptic_faults(
         yield from _segment_faults(annotation["segments_info"], image_id, category_ids, source)
 
 
-def _image_faults(images: list[Any], seen: set[Hashable], source: str) -> Iterator[Fault]:
-    if not images:
+def images_faults(content: Any, *, source: str) -> Iterator[Fault]:
+    """What is wrong in the ``images`` of either JSON, or of one that has nothing else.
+
+    Args:
+        content: the JSON, as read.
+        source: the file, for the faults.
+    """
+    broken = list(_broken_rules(content, {"images": _list}))
+    yield from (Fault(kind, source, message) for kind, message in broken)
+    if broken:
+        return
+    if not content["images"]:
         yield Fault("empty", source, "images is an empty list")
-    for index, image in enumerate(images):
+    seen = set()
+    for index, image in enumerate(content["images"]):
         image_id = image.get("id") if isinstance(image, dict) else None
         for kind, message in _broken_rules(image, _IMAGE):
             yield Fault(kind, source, f"images[{index}]: {message}", image_id)
@@ -279,6 +291,7 @@ def instances_faults(
     known = {image_id for image_id in ids if isinstance(image_id, Hashable)}
     if not known & images.keys():
         yield Fault("unknown-image", source, "none of its image ids is in the panoptic JSON")
+    masks = [isinstance(a, dict) and bool(a.get("segmentation")) for a in content["annotations"]]
     for index, annotation in enumerate(content["annotations"]):
         image_id = annotation.get("image_id") if isinstance(annotation, dict) else None
         if is_of(image_id, Id) and image_id in known and image_id not in images:
@@ -298,6 +311,9 @@ def instances_faults(
                 "panoptic JSON"
             )
             yield Fault("unknown-category", source, message, image_id)
+        elif any(masks) and not masks[index]:
+            message = f"{entry}: no mask in segmentation, but others have one: all do, or none"
+            yield Fault("missing-mask", source, message, image_id)
         else:
             yield from _shape_faults(annotation, images[image_id], source, entry)
 
@@ -338,7 +354,10 @@ def _shape_faults(
         if fault:
             yield Fault("wrong-value", source, f"{entry}: segmentation has {fault}", image_id)
     elif isinstance(mask, list) and not is_of(mask, Polygons):
-        message = f"{entry}: segmentation contains a polygon that is not a list of numbers"
+        message = (
+            f"{entry}: segmentation is {_short(mask)}, expected a list of polygons, each a list of "
+            "numbers: [[x, y, x, y, ...]]"
+        )
         yield Fault("wrong-value", source, message, image_id)
 
 

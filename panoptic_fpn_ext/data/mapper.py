@@ -36,8 +36,8 @@ class PanopticFPNMapper(DatasetMapper):
       panoptic PNG. Masks are :class:`BitMasks`; for ``instance_mask_format`` ``"polygon"`` they are
       :class:`PolygonMasks` where all annotations are polygons and the image is not cropped.
 
-    Records without ``pan_seg_file_name`` (those of Detectron2's own datasets) are mapped as
-    Detectron2 does.
+    In training, records without ``pan_seg_file_name``, those of Detectron2's own datasets, are
+    mapped as Detectron2 does.
     """
 
     @configurable
@@ -85,16 +85,17 @@ class PanopticFPNMapper(DatasetMapper):
         Raises:
             UserError: an image or a panoptic PNG that does not fit its record.
         """
-        if "pan_seg_file_name" not in dataset_dict:
+        if self.is_train and "pan_seg_file_name" not in dataset_dict:
             return super().__call__(dataset_dict)
         dataset_dict = dict(dataset_dict)
         image = read_image(dataset_dict, self.image_format)
         # Records of Detectron2's own panoptic datasets lack these.
         dataset_dict.setdefault("height", image.shape[0])
         dataset_dict.setdefault("width", image.shape[1])
-        segments_info = with_isthing(dataset_dict["segments_info"], self.thing_sem_seg_ids)
+        segments_info = with_isthing(dataset_dict.get("segments_info", ()), self.thing_sem_seg_ids)
         if not self.is_train:
-            dataset_dict["segments_info"] = segments_info
+            if "segments_info" in dataset_dict:
+                dataset_dict["segments_info"] = segments_info
             dataset_dict.pop("annotations", None)
             aug_input = T.AugInput(image)
             transforms = self.augmentations(aug_input)

@@ -5,6 +5,7 @@ The format is that of COCO panoptic (https://cocodataset.org/#format-data). Id 0
 
 import os
 import struct
+from collections.abc import Collection, Iterable
 
 import cv2
 import numpy as np
@@ -58,6 +59,14 @@ def read_panoptic_png(file_name: str | os.PathLike) -> np.ndarray:
     return ids
 
 
+def hint_of_swapped_bytes(unknown: Iterable[int], known: Collection[int]) -> str:
+    """What to add to an error about ``unknown`` segment ids of a PNG that was written as BGR."""
+    swapped = {i >> 16 | i & 0xFF00 | (i & 0xFF) << 16 for i in unknown}
+    if not swapped or not swapped <= set(known):
+        return ""
+    return " (red and blue are swapped: OpenCV takes BGR, write_panoptic_png writes RGB)"
+
+
 def write_panoptic_png(file_name: str | os.PathLike, ids: np.ndarray) -> None:
     """Write segment ids as a panoptic PNG.
 
@@ -97,6 +106,7 @@ def _read_header(content: bytes, file_name: str | os.PathLike) -> tuple[str, tup
     if bit_depth != 8 or mode not in ("RGB", "RGBA"):
         raise UserError(
             f"{file_name}: {bit_depth}-bit {mode} PNG; expected 8-bit RGB, "
-            "which holds segment ids as R + 256 G + 65536 B"
+            "which holds segment ids as R + 256 G + 65536 B (write_panoptic_png writes it from a "
+            "map of segment ids; a map of classes is none)"
         )
     return mode, (height, width)

@@ -24,6 +24,7 @@ from pycocotools import mask as rle
 
 from ..errors import UserError
 from .coco_json import (
+    images_faults,
     instances_faults,
     is_polygon,
     other_name,
@@ -65,13 +66,15 @@ def load_panoptic_dataset(name: str) -> Records:
         Dicts of Detectron2's dataset format with ``file_name``, ``image_id``, ``height``,
         ``width``, ``pan_seg_file_name``, ``segments_info`` (category ids contiguous),
         ``sem_seg_file_name`` (for Detectron2, see :mod:`~panoptic_fpn_ext.data.virtual_files`) and,
-        where the dataset has an instances JSON, ``annotations``. Images without an annotation are
-        left out.
+        where the dataset has things and an instances JSON, ``annotations``. Images without an
+        annotation are left out. Of a dataset without annotations the first four.
 
     Raises:
         UserError: the first fault in either JSON.
     """
     metadata = MetadataCatalog.get(name)
+    if metadata.get("panoptic_root") is None:
+        return _records_without_annotations(metadata)
     source = metadata.panoptic_json
     things = metadata.thing_dataset_id_to_contiguous_id
 
@@ -98,9 +101,20 @@ def load_panoptic_dataset(name: str) -> Records:
                 thing_classes=metadata.thing_classes,
                 images={r["image_id"]: r for r in records},
             )
-            for record in records:
+            for record in records if things else ():
                 record["annotations"] = annotations[record["image_id"]]
     return records
+
+
+def _records_without_annotations(metadata: Metadata) -> Records:
+    source = metadata.panoptic_json
+    content = read_json(source)
+    raise_first(images_faults(content, source=source))
+    _check_categories(content.get("categories"), metadata)
+    return [
+        {"file_name": path, "image_id": image_id, "height": height, "width": width}
+        for image_id, (path, height, width) in _images(content["images"], metadata).items()
+    ]
 
 
 def load_instances(
@@ -144,6 +158,34 @@ def load_instances(
     return _first(quickly, exactly)
 
 
+def check_files(records: Records, name: str) -> None:
+    """
+    Args:
+        records: those of a dataset, of this package or not.
+        name: the dataset, for the error.
+
+    Raises:
+        UserError: an image or a panoptic PNG is not there.
+    """
+    paths = [r[key] for r in records for key in ("file_name", "pan_seg_file_name") if key in r]
+    # A folder at a time: on shared disks each look at a file takes a while.
+    there: dict[str, frozenset[str]] = {}
+    missing = []
+    for path in paths:
+        if "://" in path:
+            continue
+        folder, file_name = os.path.split(path)
+        if folder not in there:
+            there[folder] = frozenset(os.listdir(folder or ".") if os.path.isdir(folder) else ())
+        if file_name not in there[folder]:
+            missing.append(path)
+    if missing:
+        raise UserError(
+            f"dataset {name}: {len(missing)} of {len(paths)} files are missing, first "
+            f"{missing[0]}; tools/check_dataset.py lists all faults of a dataset"
+        )
+
+
 def _first(quickly: Callable[[], T], exactly: Callable[[], T]) -> T:
     """What ``quickly`` returns; where it is in doubt, ``exactly``."""
     doubts = (msgspec.MsgspecError, UnicodeError, RecursionError, KeyError)
@@ -181,12 +223,7 @@ def _records(
     things = metadata.thing_dataset_id_to_contiguous_id
     contiguous = dataset_ids(metadata)
     classes_of_things = thing_sem_seg_ids(metadata)
-    image_file_name = metadata.get("image_file_name", itemgetter("file_name"))
-    sizes = {}
-    for image in images:
-        path = os.path.join(metadata.image_root, image_file_name(image))
-        _expect(image["id"] not in sizes, "an image id twice")
-        sizes[image["id"]] = path, image["height"], image["width"]
+    sizes = _images(images, metadata)
     records = {}
     for annotation in annotations:
         image_id, segments_info = annotation["image_id"], annotation["segments_info"]
@@ -213,6 +250,19 @@ def _records(
     return list(records.values())
 
 
+def _images(
+    images: Iterable[dict[str, Any]], metadata: Metadata
+) -> dict[Hashable, tuple[str, int, int]]:
+    """Path, height and width of each image, by its id."""
+    image_file_name = metadata.get("image_file_name", itemgetter("file_name"))
+    found = {}
+    for image in images:
+        path = os.path.join(metadata.image_root, image_file_name(image))
+        _expect(image["id"] not in found, "an image id twice")
+        found[image["id"]] = path, image["height"], image["width"]
+    return found
+
+
 def _instances(
     annotations: Iterable[Instance],
     known: Container[Hashable],
@@ -224,10 +274,12 @@ def _instances(
 
     Raises:
         KeyError, msgspec.ValidationError: an annotation of an image that is not ``known``, of a
-            category that is no thing or with a mask of another size; odd keypoints.
+            category that is no thing or with a mask of another size; masks of some and none of
+            others; odd keypoints.
     """
     loaded: dict[Hashable, list[dict[str, Any]]] = {image_id: [] for image_id in images}
-    without_mask = 0
+    short_polygons = 0
+    have_masks = set()
     for annotation in _sharing_numbers(annotations):
         image_id = annotation.image_id
         _expect(image_id in known, "not in its images")
@@ -240,6 +292,7 @@ def _instances(
             "category_id": thing_ids[annotation.category_id],
         }
         mask = annotation.segmentation
+        have_masks.add(bool(mask))
         if isinstance(mask, dict):
             size = [images[image_id]["height"], images[image_id]["width"]]
             _expect(mask["size"] == size, "a mask of another size")
@@ -249,7 +302,7 @@ def _instances(
         elif mask:
             mask = [*filter(is_polygon, mask)]
             if not mask:
-                without_mask += 1
+                short_polygons += 1
                 continue
         if mask:
             instance["segmentation"] = mask
@@ -260,11 +313,12 @@ def _instances(
                 value + 0.5 if k % 3 < 2 else value for k, value in enumerate(annotation.keypoints)
             ]
         loaded[image_id].append(instance)
-    if without_mask:
+    _expect(len(have_masks) < 2, "masks of some")
+    if short_polygons:
         logger.warning(
             "%s: left out %d instances whose polygons have fewer than 3 points each",
             source,
-            without_mask,
+            short_polygons,
         )
     return loaded
 

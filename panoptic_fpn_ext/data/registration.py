@@ -24,13 +24,13 @@ LABEL_SPACES = ("separated", "full")
 def register_panoptic_dataset(
     name: str,
     image_root: str | os.PathLike,
-    panoptic_root: str | os.PathLike,
+    panoptic_root: str | os.PathLike | None,
     panoptic_json: str | os.PathLike,
     instances_json: str | os.PathLike | None = None,
     *,
     label_space: str = "separated",
     categories: Sequence[dict[str, Any]] | None = None,
-    evaluators: Sequence[str] = ("panoptic_seg", "sem_seg", "instances"),
+    evaluators: Sequence[str] | None = None,
     **metadata: Any,
 ) -> None:
     """Register a dataset in the COCO panoptic format with Detectron2's catalogs.
@@ -38,7 +38,8 @@ def register_panoptic_dataset(
     Args:
         name: the name for ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
         image_root: folder of the images.
-        panoptic_root: folder of the panoptic PNGs.
+        panoptic_root: folder of the panoptic PNGs; None for images without annotations, as those
+            of a test server, of which ``panoptic_json`` has ``images`` and ``categories``.
         panoptic_json: the panoptic annotations.
         instances_json: COCO instance annotations of the same images; used for the instance branch
             in place of the panoptic segments.
@@ -46,7 +47,8 @@ def register_panoptic_dataset(
             stuff categories (as for COCO). ``"full"``: every category has its own, in the order
             of their ids (as for Cityscapes).
         categories: the ``categories`` of the JSON, where they are known without reading it.
-        evaluators: names in ``EVALUATOR_REGISTRY``: what the dataset is evaluated with.
+        evaluators: names in ``EVALUATOR_REGISTRY``: what the dataset is evaluated with; by default
+            ``"panoptic_seg"``, ``"sem_seg"`` and ``"instances"``, without annotations nothing.
         metadata: anything else to keep in the dataset's metadata. With ``image_file_name``, a
             function, an image's path below ``image_root`` is what that gives for its entry in the
             JSON's ``images``; by default the entry's ``file_name``.
@@ -60,6 +62,9 @@ def register_panoptic_dataset(
     if name in DatasetCatalog.list():
         raise UserError(f"dataset {name}: another one is registered by this name")
 
+    if evaluators is None:
+        evaluators = ("panoptic_seg", "sem_seg", "instances") if panoptic_root else ()
+
     def load_categories() -> dict[str, Any]:
         entries = read_categories(panoptic_json) if categories is None else categories
         return categories_to_metadata(entries, label_space=label_space, source=str(panoptic_json))
@@ -68,12 +73,12 @@ def register_panoptic_dataset(
         load_categories,
         name=name,
         image_root=str(image_root),
-        panoptic_root=str(panoptic_root),
         panoptic_json=str(panoptic_json),
         evaluators=tuple(evaluators),
         evaluator_type="coco_panoptic_seg",
         ignore_label=255,
         label_divisor=1000,
+        **({"panoptic_root": str(panoptic_root)} if panoptic_root else {}),
         **({"json_file": str(instances_json)} if instances_json else {}),
         **metadata,
     )

@@ -16,6 +16,7 @@ from detectron2.data.transforms import Transform, TransformList
 from detectron2.structures import Boxes, Instances
 
 from ..errors import UserError
+from .panoptic_png import hint_of_swapped_bytes
 from .segment_masks import SegmentMasks
 
 MAX_SEGMENTS = 2**16 - 2  # two bytes, without 0 and the greatest, with which transforms pad
@@ -84,7 +85,11 @@ def index_segments(
     positions = order[np.searchsorted(known[order], values).clip(max=len(known) - 1)]
     missing = values[known[positions] != values]
     if len(missing):
-        raise UserError(f"{source}: segment id {missing.min()} is not in segments_info")
+        hint = hint_of_swapped_bytes(missing.tolist(), known.tolist())
+        raise UserError(
+            f"{source}: segment id {missing.min()} is not in segments_info of the panoptic JSON"
+            f"{hint}; tools/check_dataset.py lists all faults of a dataset"
+        )
     dtype = np.uint8 if len(segments_info) < 255 else np.uint16
     return np.repeat(positions.astype(dtype), np.diff(starts, append=flat.size)).reshape(ids.shape)
 

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import logging
 import os
+import re
 from collections.abc import Iterable
 
 import torch
@@ -14,8 +15,10 @@ from detectron2.modeling import META_ARCH_REGISTRY
 
 from ..config import add_panoptic_fpn_config, resolve_config
 from ..data import register_datasets_of_config
+from ..data.records import check_files
 from ..errors import UserError
 from ..evaluation import evaluator_builders
+from .run_folder import check_writable
 from .trainer import optimizer_named
 
 logger = logging.getLogger(__name__)
@@ -69,15 +72,40 @@ def setup(args: argparse.Namespace) -> CfgNode:
     _choose_device(cfg, args.opts)
     if cfg.SOLVER.AMP.ENABLED and not args.eval_only and not cfg.MODEL.DEVICE.startswith("cuda"):
         raise UserError("SOLVER.AMP.ENABLED needs a GPU: set it to False")
+    _check_batch(cfg, args)
     cfg = resolve_config(cfg)
     for name in cfg.DATASETS.TEST:
-        evaluator_builders(cfg, name)
+        if not evaluator_builders(cfg, name) and not cfg.TEST.SUBMISSION:
+            raise UserError(
+                f"DATASETS.TEST: on {name!r} nothing of MODEL.PANOPTIC_FPN.OUTPUTS "
+                f"{cfg.MODEL.PANOPTIC_FPN.OUTPUTS} is evaluated; TEST.SUBMISSION True writes "
+                "predictions for a test server"
+            )
+    if not args.eval_only:
+        for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+            check_files(DatasetCatalog.get(name), name)
+    check_writable(cfg.OUTPUT_DIR)
     cfg.freeze()
     return cfg
 
 
+def _check_batch(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Raise UserError if the processes cannot share the images of a batch."""
+    processes = getattr(args, "num_gpus", 1) * getattr(args, "num_machines", 1)
+    batch = cfg.SOLVER.IMS_PER_BATCH
+    if not args.eval_only and (batch < 1 or batch % processes):
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH {batch} is not a multiple of the {processes} processes "
+            "(--num-gpus times --num-machines)"
+        )
+
+
 def _choose_device(cfg: CfgNode, options: list[str]) -> None:
     """Run on the CPU where there is no GPU, unless the command line asks for one."""
+    try:
+        torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError as error:
+        raise UserError(f"MODEL.DEVICE {cfg.MODEL.DEVICE!r} is no device: cuda, or cpu") from error
     if not cfg.MODEL.DEVICE.startswith("cuda") or torch.cuda.is_available():
         return
     if "MODEL.DEVICE" in options[::2]:
@@ -95,6 +123,11 @@ def _merge(cfg: CfgNode, source: str, merge) -> None:
         hint = ""
         if "Non-existent" in message:  # yacs: "Non-existent config key: MODEL.WEIGHT"
             hint = _did_you_mean(message.rpartition(": ")[2], _keys(cfg))
+        elif mismatch := re.search(r"\((.*) vs\. (.*)\) for config key: (.*)$", message):
+            expected, found, key = mismatch.groups()
+            message = f"{key} is {found}, expected something like {expected}"
+            if "<class 'tuple'>" in str(error):
+                hint = '; in YAML a list, or with a comma even for one: ("shapes_train",)'
         raise UserError(f"{source}: {message}{hint}") from error
 
 
@@ -103,13 +136,16 @@ def _check_datasets(names: Iterable[str], key: str) -> None:
         raise UserError(f"{key} is empty: name a dataset")
     for name in names:
         if name not in DatasetCatalog.list():
-            raise UserError(
-                f"{key}: no dataset {name!r} is registered"
-                f"{_did_you_mean(name, DatasetCatalog.list())}"
+            hint = _did_you_mean(name, DatasetCatalog.list()) or (
+                "; DATASETS.PANOPTIC registers one of your own (docs/DATASETS.md)"
             )
+            raise UserError(f"{key}: no dataset {name!r} is registered{hint}")
         metadata = MetadataCatalog.get(name)
+        known = metadata.as_dict()
+        if key == "DATASETS.TRAIN" and "panoptic_json" in known and "panoptic_root" not in known:
+            raise UserError(f"{key}: dataset {name!r} is images alone, without annotations")
         for attribute in ("image_root", "panoptic_root", "panoptic_json", "json_file"):
-            path = metadata.as_dict().get(attribute)
+            path = known.get(attribute)
             if path and not os.path.exists(path):
                 raise UserError(
                     f"{key}: dataset {name!r} lacks {path}: see datasets/README.md, and set "
@@ -126,5 +162,5 @@ def _keys(cfg: CfgNode, prefix: str = "") -> list[str]:
 
 
 def _did_you_mean(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     return f"; did you mean {close[0]}?" if close else ""

@@ -60,7 +60,8 @@ class ImageEvaluator(DatasetEvaluator, Generic[ImageResult]):
         raise NotImplementedError
 
     def summarize(self, images: Mapping[tuple[Hashable, str], ImageResult]) -> Scores | None:
-        """The scores of all images, by ``image_id`` (None where there is none) and file name."""
+        """The scores of all images, by ``image_id`` (None where there is none) and file name, in
+        the order of these."""
         raise NotImplementedError
 
     def reset(self) -> None:
@@ -96,4 +97,11 @@ class ImageEvaluator(DatasetEvaluator, Generic[ImageResult]):
             parts = comm.gather(self._images)
             if not comm.is_main_process():
                 return None
-        return self.summarize({key: image for part in parts for key, image in part.items()})
+        images = {key: image for part in parts for key, image in part.items()}
+        return self.summarize(dict(sorted(images.items(), key=_order)))
+
+
+def _order(item: tuple[tuple[Hashable, str], Any]) -> tuple[str, Hashable, str]:
+    """Ids may be numbers, strings or, of Detectron2's own datasets, None; and some of each."""
+    (image_id, file_name), _ = item
+    return type(image_id).__name__, image_id, file_name

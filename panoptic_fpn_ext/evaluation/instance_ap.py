@@ -174,12 +174,15 @@ class InstanceAPEvaluator(ImageEvaluator[ImageInstances]):
         """
         if not self._class_names:
             return {}
-        # Equal scores are ranked by image: always in the order of their ids, as in pycocotools.
-        by_id = {image_id: image for (image_id, _), image in sorted(images.items())}
+        # Equal scores are ranked by image: in the order of their ids, as in pycocotools.
+        by_id = {image_id: image for (image_id, _), image in images.items()}
         tasks = ["bbox"]
         if any(image.masks is not None for image in by_id.values()):
             tasks.append("segm")
-        ground_truth = self._ground_truth(by_id, tasks)
+        ground_truth = self._ground_truth(by_id)
+        if not all("segmentation" in annotation for annotation in ground_truth.anns.values()):
+            logger.warning(f"{self._json_file} has no masks: AP of boxes alone")
+            tasks = ["bbox"]
         scores = {}
         for task in tasks:
             detections = _detections(by_id.values(), task)
@@ -187,12 +190,10 @@ class InstanceAPEvaluator(ImageEvaluator[ImageInstances]):
             self._log(task, scores[task], len(by_id))
         return scores
 
-    def _ground_truth(
-        self, images: Mapping[Hashable, ImageInstances], tasks: Sequence[str]
-    ) -> COCO:
+    def _ground_truth(self, images: Mapping[Hashable, ImageInstances]) -> COCO:
         """Images are numbered from 1 (faster-coco-eval wants integers), categories too."""
         if self._json_file is not None:
-            annotations = self._read_json(images, tasks)
+            annotations = self._read_json(images)
         else:
             annotations = {image_id: image.annotations for image_id, image in images.items()}
         numbered = [
@@ -217,7 +218,7 @@ class InstanceAPEvaluator(ImageEvaluator[ImageInstances]):
         )
 
     def _read_json(
-        self, images: Mapping[Hashable, ImageInstances], tasks: Sequence[str]
+        self, images: Mapping[Hashable, ImageInstances]
     ) -> dict[Hashable, list[dict[str, Any]]]:
         """The annotations in ``json_file`` of some images, category ids contiguous."""
         source, to_contiguous = self._json_file, self._dataset_id_to_contiguous_id
@@ -229,16 +230,15 @@ class InstanceAPEvaluator(ImageEvaluator[ImageInstances]):
         names = {k: self._class_names[place] for k, place in to_contiguous.items()}
         raise_first(instances_faults(content, source=source, things=names, images=sizes))
         annotations: dict[Hashable, list[dict[str, Any]]] = {image_id: [] for image_id in images}
-        for place, annotation in enumerate(content["annotations"]):
+        for annotation in content["annotations"]:
             if annotation["image_id"] not in annotations:
                 continue
-            mask = annotation.get("segmentation")
+            annotation = dict(annotation)
+            mask = annotation.pop("segmentation", None)
             if isinstance(mask, list) and mask:
                 mask = [*filter(is_polygon, mask)]
                 if not mask:  # as where the records are loaded, which says so
                     continue
-            if not mask and "segm" in tasks:
-                raise UserError(f"{source}: annotations[{place}]: no field 'segmentation'")
             image_id = annotation["image_id"]
             instance = {**annotation, "category_id": to_contiguous[annotation["category_id"]]}
             if mask:

@@ -38,6 +38,7 @@ class PanopticSubmissionWriter(ImageEvaluator[dict[str, Any]]):
         *,
         zip_file: str | os.PathLike,
         name: str,
+        image_root: str | os.PathLike,
         thing_category_ids: Sequence[int],
         stuff_category_ids: Sequence[int],
         distributed: bool = True,
@@ -46,6 +47,7 @@ class PanopticSubmissionWriter(ImageEvaluator[dict[str, Any]]):
         Args:
             zip_file: what to write.
             name: of the JSON file and the folder in it.
+            image_root: folder of the images; PNGs have their paths below it.
             thing_category_ids: official id of each thing category.
             stuff_category_ids: official id of each semantic class.
             distributed: gather from all processes; otherwise each writes its own.
@@ -54,6 +56,7 @@ class PanopticSubmissionWriter(ImageEvaluator[dict[str, Any]]):
         self._zip_file = Path(zip_file)
         self._folder = self._zip_file.with_suffix("")
         self._name = name
+        self._image_root = Path(image_root)
         self._category_ids = {True: list(thing_category_ids), False: list(stuff_category_ids)}
 
     @classmethod
@@ -70,6 +73,7 @@ class PanopticSubmissionWriter(ImageEvaluator[dict[str, Any]]):
         return cls(
             zip_file=Path(output_folder) / f"{dataset_name}_submission.zip",
             name=metadata.get("submission_name", name),
+            image_root=metadata.image_root,
             thing_category_ids=list(metadata.thing_dataset_id_to_contiguous_id),
             stuff_category_ids=list(metadata.stuff_dataset_id_to_contiguous_id),
             distributed=distributed,
@@ -91,17 +95,24 @@ class PanopticSubmissionWriter(ImageEvaluator[dict[str, Any]]):
             Its entry in the JSON file.
         """
         ids, segments = prediction
-        png = self._folder / self._name / f"{Path(record['file_name']).stem}.png"
+        name = self._png_name(record["file_name"])
+        png = self._folder / self._name / name
         png.parent.mkdir(parents=True, exist_ok=True)
         write_panoptic_png(png, np.maximum(ids.cpu().numpy(), 0))  # -1 is void too
         return {
             "image_id": record["image_id"],
-            "file_name": png.name,
+            "file_name": name,
             "segments_info": [
                 {"id": s["id"], "category_id": self._category_ids[s["isthing"]][s["category_id"]]}
                 for s in segments
             ],
         }
+
+    def _png_name(self, file_name: str) -> str:
+        path = Path(file_name)
+        if path.is_relative_to(self._image_root):
+            return path.relative_to(self._image_root).with_suffix(".png").as_posix()
+        return f"{path.stem}.png"
 
     def summarize(self, images: Mapping[Any, dict[str, Any]]) -> None:
         """Write the zip.
@@ -109,7 +120,7 @@ class PanopticSubmissionWriter(ImageEvaluator[dict[str, Any]]):
         Raises:
             UserError: two images have one name, or PNGs of other processes are not to be found.
         """
-        annotations = sorted(images.values(), key=lambda entry: entry["image_id"])
+        annotations = list(images.values())
         pngs = [self._folder / self._name / entry["file_name"] for entry in annotations]
         if len(set(pngs)) < len(pngs):
             raise UserError(f"{self._zip_file}: two images have one name, and so would their PNGs")
@@ -125,7 +136,7 @@ class PanopticSubmissionWriter(ImageEvaluator[dict[str, Any]]):
             content = json.dumps({"annotations": annotations})
             file.writestr(f"{self._name}.json", content, zipfile.ZIP_DEFLATED)
             for png in pngs:
-                file.write(png, f"{self._name}/{png.name}")
+                file.write(png, png.relative_to(self._folder).as_posix())
         partial.replace(self._zip_file)
         shutil.rmtree(self._folder, ignore_errors=True)
         logger.info(f"Submission of {len(pngs)} images written to {self._zip_file}")

@@ -219,9 +219,21 @@ CASES_OF_INSTANCES: dict[str, tuple[Break, str]] = {
         ),
         r"instances\.json: image 1: .*segmentation is of size \[24, 30\], expected \[24, 32\]",
     ),
+    "points in pairs": (
+        lambda d: d.instances["annotations"][0].update(segmentation=[[[1, 1], [9, 1], [5, 9]]]),
+        r"instances\.json: image 1: .*, expected a list of polygons, .* \[\[x, y, x, y, \.\.\.\]\]",
+    ),
+    "one polygon, not in a list": (
+        lambda d: d.instances["annotations"][0].update(segmentation=[1, 1, 9, 1, 5, 9]),
+        r"instances\.json: image 1: .*, expected a list of polygons, .* \[\[x, y, x, y, \.\.\.\]\]",
+    ),
+    "no mask, but others have one": (
+        lambda d: d.instances["annotations"][0].update(segmentation=[]),
+        r"instances\.json: image 1: annotations\[0\]: no mask in segmentation, but others have one",
+    ),
     "polygon in words": (
         lambda d: d.instances["annotations"][0].update(segmentation=[["a"] * 6]),
-        r"instances\.json: image 1: .*not a list of numbers",
+        r"instances\.json: image 1: .*, expected a list of polygons, each a list of numbers",
     ),
     "keypoints without their visibility": (
         lambda d: d.instances["annotations"][0].update(keypoints=[1, 2]),

@@ -161,7 +161,7 @@ def test_instances_equal_those_of_detectron2(shapes, split):
 def test_masks_of_every_kind_equal_those_of_detectron2(data):
     triangle, line = [1, 2, 9, 2, 5, 8], [1, 2, 9, 2]
     segmentations = [
-        *([triangle], [line, triangle], [line], [triangle[:5], triangle], []),
+        *([triangle], [line, triangle], [line], [triangle[:5], triangle]),
         {"size": [24, 32], "counts": [700, 20, 48]},
     ]
     annotation = data.instances["annotations"][0]

@@ -394,7 +394,7 @@ def test_what_training_leaves_out_is_no_truth(polygon, tmp_path):
             r"category \d+ is 'horse', but in the panoptic JSON it is '(cat|dog|cow)'",
         ),
         (lambda content: content["annotations"][0].update(category_id=5), "category_id 5"),
-        (lambda content: content["annotations"][1].pop("segmentation"), "no field 'segmentation'"),
+        (lambda content: content["annotations"][1].pop("segmentation"), "no mask in segmentation"),
     ],
 )
 def test_faults_in_the_json_are_named(tmp_path, change, message):

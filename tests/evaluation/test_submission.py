@@ -92,6 +92,7 @@ def small_writer(folder: Path) -> PanopticSubmissionWriter:
     return PanopticSubmissionWriter(
         zip_file=folder / "shapes_val_submission.zip",
         name="cityscapes_panoptic_test",
+        image_root="images",
         thing_category_ids=[24, 26],
         stuff_category_ids=[7, 24, 26, 8],
     )

@@ -14,6 +14,7 @@ from detectron2.modeling import (
     build_roi_heads,
     build_sem_seg_head,
 )
+from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
@@ -34,7 +35,8 @@ TRAINING = ("joint", "alternate")
 class PanopticFPNExt(GeneralizedRCNN):
     """Panoptic FPN (paper, section 3), a drop-in for Detectron2's ``PanopticFPN``.
 
-    Inputs, outputs, losses and parameter names are those of the built-in model.
+    Inputs, outputs, losses and parameter names are those of the built-in model. Without thing
+    classes there is no instance branch, and all segments are stuff.
     """
 
     @configurable
@@ -68,7 +70,8 @@ class PanopticFPNExt(GeneralizedRCNN):
             feature_groups: groups of the channels of the backbone's outputs; the instance branch
                 reads the first, the semantic branch the last.
             acceleration: what is done for speed; by default as ``MODEL.ACCELERATION``.
-            rcnn_args: those of :class:`GeneralizedRCNN`.
+            rcnn_args: those of :class:`GeneralizedRCNN`; ``proposal_generator`` and ``roi_heads``
+                are None where there are no thing classes.
 
         Raises:
             UserError: a value that cannot be used, or nothing left to train.
@@ -78,7 +81,7 @@ class PanopticFPNExt(GeneralizedRCNN):
             raise UserError(
                 f"MODEL.PANOPTIC_FPN.TRAINING {training_schedule!r}: allowed are {list(TRAINING)}"
             )
-        if self.proposal_generator is None:
+        if self.proposal_generator is None and self.roi_heads is not None:
             raise UserError(
                 "MODEL.PROPOSAL_GENERATOR.NAME PrecomputedProposals: Panoptic FPN makes its own "
                 "proposals, set it to RPN"
@@ -98,15 +101,18 @@ class PanopticFPNExt(GeneralizedRCNN):
         self.acceleration = acceleration or Acceleration()
         self.acceleration.apply(self)
         self.fixed_part = self.acceleration.fixed_part()
-        branches = {
-            "instance": (instance_loss_weight, [self.proposal_generator, self.roi_heads]),
-            "semantic": (getattr(sem_seg_head, "loss_weight", 1.0), [sem_seg_head]),
-        }
+        branches = {"semantic": (getattr(sem_seg_head, "loss_weight", 1.0), [sem_seg_head])}
+        if self.roi_heads is not None:
+            modules = [self.proposal_generator, self.roi_heads]
+            branches = {"instance": (instance_loss_weight, modules), **branches}
         self.tasks = tuple(task for task, (weight, _) in branches.items() if weight)
         if not self.tasks:
             raise UserError(
                 "MODEL.PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT and MODEL.SEM_SEG_HEAD.LOSS_WEIGHT are "
                 "both 0: nothing is left to train"
+                if "instance" in branches
+                else "MODEL.SEM_SEG_HEAD.LOSS_WEIGHT is 0 and there are no thing classes: nothing "
+                "is left to train"
             )
         for weight, modules in branches.values():
             if not weight:
@@ -126,10 +132,11 @@ class PanopticFPNExt(GeneralizedRCNN):
             name: ShapeSpec(channels=shape.channels // groups, stride=shape.stride)
             for name, shape in backbone.output_shape().items()
         }
+        has_things = cfg.MODEL.ROI_HEADS.NUM_CLASSES > 0
         return {
             "backbone": backbone,
-            "proposal_generator": build_proposal_generator(cfg, shapes),
-            "roi_heads": build_roi_heads(cfg, shapes),
+            "proposal_generator": build_proposal_generator(cfg, shapes) if has_things else None,
+            "roi_heads": build_roi_heads(cfg, shapes) if has_things else None,
             "sem_seg_head": build_sem_seg_head(cfg, shapes),
             **PanopticPostprocessor.from_config(cfg),
             "acceleration": Acceleration.from_config(cfg),
@@ -195,21 +202,14 @@ class PanopticFPNExt(GeneralizedRCNN):
         if not do_postprocess:
             features = self.backbone(images.tensor)
             sem_seg, _ = self.sem_seg_head(self._features_for("semantic", features), None)
-            features = self._features_for("instance", features)
-            proposals, _ = self.proposal_generator(images, features, None)
-            instances, _ = self.roi_heads(images, planar(features), proposals, None)
-            return instances, sem_seg
+            return self._instances(images, self._features_for("instance", features)), sem_seg
         needs = {task: self.postprocess.needs(name) for task, name in OUTPUT_OF.items()}
         features, sem_seg, stride, rpn_outputs = self.fixed_part(
             self._network, self, images.tensor, **needs
         )
         instances = [None] * len(batched_inputs)
         if needs["instance"]:
-            if rpn_outputs is None:
-                proposals, _ = self.proposal_generator(images, features, None)
-            else:
-                proposals = self.proposal_generator.proposals_from(images, features, rpn_outputs)
-            instances, _ = self.roi_heads(images, planar(features), proposals, None)
+            instances = self._instances(images, features, rpn_outputs)
         if sem_seg is None:
             sem_seg = [None] * len(batched_inputs)
         return [
@@ -237,6 +237,18 @@ class PanopticFPNExt(GeneralizedRCNN):
             rpn_outputs = self.proposal_generator.head_outputs(features)
         return features, sem_seg, stride, rpn_outputs
 
+    def _instances(
+        self, images: ImageList, features: dict[str, torch.Tensor], rpn_outputs: Any = None
+    ) -> list[Instances]:
+        """The instances of each network input, masks of boxes not yet pasted."""
+        if self.roi_heads is None:
+            return [_no_instances(size, self.device) for size in images.image_sizes]
+        if rpn_outputs is None:
+            proposals, _ = self.proposal_generator(images, features, None)
+        else:
+            proposals = self.proposal_generator.proposals_from(images, features, rpn_outputs)
+        return self.roi_heads(images, planar(features), proposals, None)[0]
+
     def _tasks_of_iteration(self) -> tuple[str, ...]:
         if self.training_schedule == "joint":
             return self.tasks
@@ -251,6 +263,16 @@ class PanopticFPNExt(GeneralizedRCNN):
             return features
         group = 0 if task == "instance" else -1
         return {k: v.chunk(self.feature_groups, dim=1)[group] for k, v in features.items()}
+
+
+def _no_instances(image_size: tuple[int, int], device: torch.device) -> Instances:
+    return Instances(
+        image_size,
+        pred_boxes=Boxes(torch.zeros(0, 4, device=device)),
+        scores=torch.zeros(0, device=device),
+        pred_classes=torch.zeros(0, dtype=torch.int64, device=device),
+        pred_masks=torch.zeros(0, 1, 1, 1, device=device),
+    )
 
 
 def _targets(batched_inputs: list[dict[str, Any]], name: str) -> list[Any]:
