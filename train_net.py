@@ -18,7 +18,7 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from panoptic_fpn_ext.data import register_datasets_of_config
-from panoptic_fpn_ext.engine import Trainer, launch, run_folder, setup
+from panoptic_fpn_ext.engine import Interrupted, Trainer, launch, run_folder, setup
 from panoptic_fpn_ext.engine.checkpoint import PanopticFPNCheckpointer
 
 
@@ -68,3 +68,6 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"train_net.py: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Interrupted as interruption:
+        print(f"train_net.py: {interruption}", file=sys.stderr)
+        sys.exit(interruption.status)

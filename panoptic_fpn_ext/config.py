@@ -8,8 +8,9 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 
+from .data.category_lines import categories_of, first_difference, label_space_of, lines_of
 from .data.label_space import thing_sem_seg_ids
-from .data.registration import register_datasets_of_config
+from .data.registration import register_datasets_of_config, set_categories
 from .errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,12 @@ def add_panoptic_fpn_config(cfg: CfgNode) -> None:
     # says.
     cfg.MODEL.PANOPTIC_FPN.THING_SEM_SEG_IDS = [FROM_DATASET]
 
+    # The categories and the label space of the datasets the model is trained on, filled in from
+    # these: names and colours travel with config.yaml, where the annotations are not. Set both to
+    # nothing to train on other classes from such a config.
+    cfg.MODEL.CATEGORIES = []
+    cfg.MODEL.LABEL_SPACE = ""
+
     # Before merging, instances whose box overlaps one of a higher score, of whatever class, by more
     # than this IoU are dropped; 1.0 drops none.
     cfg.MODEL.PANOPTIC_FPN.COMBINE.NMS_THRESH = 1.0
@@ -139,7 +146,7 @@ def resolve_config(cfg: CfgNode) -> CfgNode:
     datasets = _datasets_with_classes(cfg)
     for metadata in datasets[1:]:
         _check_same_classes(datasets[0], metadata)
-    resolved: dict[str, Any] = {}
+    resolved: dict[str, Any] = _categories(cfg, datasets)
     for key, attribute, kind in (
         ("MODEL.ROI_HEADS.NUM_CLASSES", "thing_classes", "thing"),
         ("MODEL.SEM_SEG_HEAD.NUM_CLASSES", "stuff_classes", "semantic"),
@@ -198,20 +205,46 @@ def _possible_outputs(cfg: CfgNode, num_things: int) -> list[str]:
 def _datasets_with_classes(cfg: CfgNode) -> list[Metadata]:
     """Metadata of the registered datasets of a config, training first.
 
-    A dataset whose annotations are not on this machine is left out: evaluating needs no training
-    data, and predicting none at all.
+    A dataset whose annotations are not on this machine has the classes of ``MODEL.CATEGORIES``, or
+    is left out: evaluating needs no training data, and predicting none at all.
     """
     datasets = []
     for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
-        if name in DatasetCatalog.list():
-            metadata = MetadataCatalog.get(name)
-            try:
-                _ = metadata.get("stuff_classes", None)
-            except UserError as error:
-                logger.debug("The classes of %s are not known: %s", name, error)
-                continue
+        metadata = MetadataCatalog.get(name)
+        try:
+            known = metadata.get("stuff_classes") is not None or name in DatasetCatalog.list()
+        except UserError as error:
+            logger.debug("The classes of %s are not known: %s", name, error)
+            known = False
+        if not known and cfg.MODEL.CATEGORIES:
+            categories = categories_of(cfg.MODEL.CATEGORIES)
+            set_categories(name, categories, cfg.MODEL.LABEL_SPACE, source="MODEL.CATEGORIES")
+            known = True
+        if known:
             datasets.append(metadata)
     return datasets
+
+
+def _categories(cfg: CfgNode, datasets: list[Metadata]) -> dict[str, Any]:
+    """``MODEL.CATEGORIES`` and ``MODEL.LABEL_SPACE`` where the datasets tell them.
+
+    Raises:
+        UserError: the config has them, and they are others.
+    """
+    if not datasets or "thing_sem_seg_ids" not in datasets[0].as_dict():
+        return {}
+    lines, space = lines_of(datasets[0]), label_space_of(datasets[0])
+    ours, difference = cfg.MODEL.CATEGORIES, None
+    if ours:
+        difference = first_difference(ours, lines)
+        if space != cfg.MODEL.LABEL_SPACE:
+            difference = f"label spaces are {cfg.MODEL.LABEL_SPACE} and {space}"
+    if difference:
+        raise UserError(
+            f"MODEL.CATEGORIES are not those of dataset {datasets[0].name}: {difference}; to train "
+            "on it, set MODEL.CATEGORIES [] MODEL.LABEL_SPACE ''"
+        )
+    return {} if ours else {"MODEL.CATEGORIES": lines, "MODEL.LABEL_SPACE": space}
 
 
 def _check_same_classes(first: Metadata, other: Metadata) -> None:

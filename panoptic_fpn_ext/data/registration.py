@@ -115,6 +115,20 @@ def register_datasets_of_config(cfg: CfgNode) -> None:
             )
 
 
+def set_categories(
+    name: str, categories: Sequence[dict[str, Any]], label_space: str, *, source: str
+) -> None:
+    """Give a dataset, registered or not, the categories that its annotations would, were they here.
+
+    Args:
+        name: the dataset.
+        categories, label_space, source: see :func:`categories_to_metadata`.
+    """
+    metadata = MetadataCatalog.get(name)
+    metadata.__dict__.pop("_load", None)
+    metadata.set(**categories_to_metadata(categories, label_space=label_space, source=source))
+
+
 def categories_to_metadata(
     categories: Sequence[dict[str, Any]], *, label_space: str, source: str
 ) -> dict[str, Any]:

@@ -67,6 +67,13 @@ class PanopticFPNCheckpointer(DetectionCheckpointer):
         self._complete, self._path = self._always_complete or resumes, path
         if path and "://" not in path and not os.path.isfile(path):
             raise UserError(f"{path}: no such file")
+        try:
+            self.path_manager.get_local_path(path)
+        except Exception as error:  # whatever a protocol raises
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"{path}: cannot be fetched ({reason}); fetch it elsewhere, and give the file"
+            ) from error
         return super().load(path, checkpointables)
 
     def _load_file(self, filename: str) -> dict[str, Any]:

@@ -41,7 +41,10 @@ def prepare_process(cfg: CfgNode, args: argparse.Namespace) -> None:
             if getattr(handler, "stream", None) is sys.stdout:
                 handler.setLevel(logging.INFO)
     logger.info("Process %d of %d: %s", rank, comm.get_world_size(), args)
-    logger.debug("Environment:\n%s", collect_env_info())
+    logging.disable(logging.WARNING)  # that there is no CUDA, no compiler
+    environment = collect_env_info()
+    logging.disable(logging.NOTSET)
+    logger.debug("Environment:\n%s", environment)
     logger.debug("Config:\n%s", cfg.dump())
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + rank)
     if not args.eval_only:

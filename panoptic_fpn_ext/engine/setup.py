@@ -15,6 +15,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 
 from ..config import add_panoptic_fpn_config, resolve_config
 from ..data import register_datasets_of_config
+from ..data.category_lines import first_difference
 from ..data.records import check_files
 from ..errors import UserError
 from ..evaluation import evaluator_builders
@@ -81,12 +82,30 @@ def setup(args: argparse.Namespace) -> CfgNode:
                 f"{cfg.MODEL.PANOPTIC_FPN.OUTPUTS} is evaluated; TEST.SUBMISSION True writes "
                 "predictions for a test server"
             )
+    if args.eval_only or args.resume:
+        _check_trained_classes(cfg, cfg.OUTPUT_DIR if args.resume else os.path.dirname(weights))
     if not args.eval_only:
         for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
             check_files(DatasetCatalog.get(name), name)
     check_writable(cfg.OUTPUT_DIR)
     cfg.freeze()
     return cfg
+
+
+def _check_trained_classes(cfg: CfgNode, folder: str) -> None:
+    """Raise UserError if the config beside a checkpoint has other classes, be they as many."""
+    path = os.path.join(folder, "config.yaml")
+    try:
+        with open(path) as file:
+            theirs = yaml.safe_load(file)["MODEL"]["CATEGORIES"]
+    except (OSError, yaml.YAMLError, LookupError, TypeError):
+        return  # no config, or not one of ours
+    ours = cfg.MODEL.CATEGORIES
+    if ours and theirs and (difference := first_difference(ours, theirs)):
+        raise UserError(
+            f"{path}: trained on other classes than those of {', '.join(cfg.DATASETS.TEST)}: "
+            f"{difference} there"
+        )
 
 
 def _check_batch(cfg: CfgNode, args: argparse.Namespace) -> None:

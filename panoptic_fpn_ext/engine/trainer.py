@@ -16,9 +16,10 @@ from detectron2.data import (
     build_detection_train_loader,
     get_detection_dataset_dicts,
 )
-from detectron2.engine import DefaultTrainer, HookBase, defaults
+from detectron2.engine import DefaultTrainer, HookBase, defaults, hooks
 from detectron2.evaluation import DatasetEvaluators
 from detectron2.evaluation.testing import flatten_results_dict
+from detectron2.modeling import build_model
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
 from torch import nn
@@ -28,11 +29,14 @@ from ..data.label_space import with_isthing
 from ..errors import UserError
 from ..evaluation import build_evaluator
 from .checkpoint import PanopticFPNCheckpointer
+from .interruption import Interrupted, StopOnSignal
 
 # What a user can put right is said once, at the end, without a traceback.
+_SAID_ONCE = (UserError, Interrupted, FloatingPointError)
 logging.getLogger("detectron2.engine.train_loop").addFilter(
-    lambda record: not (record.exc_info and isinstance(record.exc_info[1], UserError))
+    lambda record: not (record.exc_info and isinstance(record.exc_info[1], _SAID_ONCE))
 )
+logger = logging.getLogger(__name__)
 
 OPTIMIZERS = {"SGD": torch.optim.SGD, "ADAMW": torch.optim.AdamW}
 CLIP_TYPES = ("value", "norm", "full_model")
@@ -69,7 +73,35 @@ class Trainer(DefaultTrainer):
         self.checkpointer = PanopticFPNCheckpointer(
             self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
         )
-        return super().build_hooks()
+        built = super().build_hooks()
+        # After the scheduler and the periodic checkpoint, before an evaluation that takes long.
+        place = next(i for i, hook in enumerate(built) if isinstance(hook, hooks.EvalHook))
+        return [*built[:place], StopOnSignal(), *built[place:]]
+
+    def train(self) -> dict[str, Any] | None:
+        """As Detectron2's.
+
+        Raises:
+            UserError: the losses grew beyond all bounds.
+            Interrupted: see :class:`StopOnSignal`.
+        """
+        try:
+            return super().train()
+        except FloatingPointError as error:
+            raise UserError(
+                f"the loss is infinite or nan at iteration {self.iter}: lower SOLVER.BASE_LR "
+                f"{self.cfg.SOLVER.BASE_LR}, lengthen SOLVER.WARMUP_ITERS, or set "
+                "SOLVER.CLIP_GRADIENTS.ENABLED True"
+            ) from error
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """The model of ``MODEL.META_ARCHITECTURE``; ``log.txt`` says what it consists of."""
+        model = build_model(cfg)
+        logger.debug("Model:\n%s", model)
+        number = sum(parameter.numel() for parameter in model.parameters())
+        logger.info("%s of %.1f million parameters", type(model).__name__, number / 1e6)
+        return model
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -166,7 +198,7 @@ class Trainer(DefaultTrainer):
             scores = flatten_results_dict(results)
             with open(path, "w") as file:  # nan is not JSON
                 json.dump({k: None if v != v else v for k, v in scores.items()}, file, indent=2)
-            logging.getLogger(__name__).info("Scores written to %s", path)
+            logger.info("Scores written to %s", path)
         return results
 
 
