@@ -10,9 +10,14 @@ from panoptic_fpn_ext.engine import setup
 CONFIG = "configs/quickstart.yaml"
 
 
-def arguments(config_file=CONFIG, *opts, eval_only=False):
+def arguments(config_file=CONFIG, *opts, eval_only=False, num_gpus=1):
     return argparse.Namespace(
-        config_file=config_file, opts=list(opts), eval_only=eval_only, resume=False
+        config_file=config_file,
+        opts=list(opts),
+        eval_only=eval_only,
+        resume=False,
+        num_gpus=num_gpus,
+        num_machines=1,
     )
 
 
@@ -35,11 +40,29 @@ def test_classes_come_from_the_dataset(shapes):
         (arguments(""), "--config-file is needed"),
         (arguments(CONFIG, "MODEL.WEIGHT", "x"), "did you mean MODEL.WEIGHTS?"),
         (arguments(CONFIG, "SOLVER.MAX_ITER"), "pairs KEY VALUE"),
+        (arguments(CONFIG, "SOLVER.MAX_ITER", "3", "--resume"), "--resume after KEY VALUE"),
         (arguments(CONFIG, "SOLVER.MAX_ITER", "many"), "SOLVER.MAX_ITER"),
         (arguments(CONFIG, "MODEL.META_ARCHITECTURE", "PanopticFpnExt"), "mean PanopticFPNExt?"),
         (arguments(CONFIG, "SOLVER.OPTIMIZER", "LION"), "allowed are ['SGD', 'ADAMW']"),
         (arguments(CONFIG, "DATASETS.TRAIN", "()"), "DATASETS.TRAIN is empty"),
         (arguments(CONFIG, "DATASETS.TEST", "('shape_val',)"), "did you mean shapes_val?"),
+        (arguments(CONFIG, "DATASETS.TEST", "('coins_val',)"), "DATASETS.PANOPTIC registers one"),
+        (
+            arguments(CONFIG, "DATASETS.TRAIN", "('shapes_train')"),
+            "DATASETS.TRAIN is shapes_train, expected something like ('shapes_train',); in YAML a "
+            'list, or with a comma even for one: ("shapes_train",)',
+        ),
+        (arguments(num_gpus=3), "IMS_PER_BATCH 4 is not a multiple of the 3 processes"),
+        (arguments(CONFIG, "MODEL.DEVICE", "gpu"), "MODEL.DEVICE 'gpu' is no device: cuda, or cpu"),
+        (arguments(CONFIG, "OUTPUT_DIR", __file__), "OUTPUT_DIR"),
+        (
+            arguments(CONFIG, "MODEL.SEM_SEG_HEAD.CONVS_DIM", "48"),
+            "MODEL.SEM_SEG_HEAD.NORM GN does not go with MODEL.SEM_SEG_HEAD.CONVS_DIM 48",
+        ),
+        (
+            arguments(CONFIG, "MODEL.FPN.NORM", "LayerNorm"),
+            "MODEL.FPN.NORM 'LayerNorm': Detectron2",
+        ),
         (arguments(eval_only=True), "--eval-only needs weights"),
         (
             arguments(CONFIG, "MODEL.WEIGHTS", "nowhere.pth", eval_only=True),
