@@ -261,9 +261,12 @@ def _check_same_classes(first: Metadata, other: Metadata) -> None:
             min(len(ours), len(theirs)),
         )
         names = [repr(c[number]) if number < len(c) else "missing" for c in (ours, theirs)]
+        advice = "datasets of a run need the same classes in the same order"
+        if set(ours) < set(theirs) or set(theirs) < set(ours):
+            advice = "list all categories in both, also those that have no segment there"
         raise UserError(
             f"{pair} have different {kind} classes: number {number} is {names[0]} in one and "
-            f"{names[1]} in the other; datasets of a run need the same classes in the same order"
+            f"{names[1]} in the other; {advice}"
         )
     if thing_sem_seg_ids(first) != thing_sem_seg_ids(other):
         raise UserError(
