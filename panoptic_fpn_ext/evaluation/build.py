@@ -60,7 +60,7 @@ def sem_seg(dataset_name: str, output_folder: str) -> DatasetEvaluator:
 @EVALUATOR_REGISTRY.register()
 @needs("instances")
 def instances(dataset_name: str, output_folder: str) -> DatasetEvaluator:
-    return InstanceAPEvaluator.from_dataset(dataset_name)
+    return InstanceAPEvaluator.from_dataset(dataset_name, output_folder)
 
 
 @EVALUATOR_REGISTRY.register()
