@@ -178,7 +178,10 @@ def categories_to_metadata(
     if label_space == "full":
         sem_seg = categories
     elif things:
-        sem_seg = [{"id": 0, "name": "things", "color": [82, 18, 128]}, *stuff]
+        name = "things"
+        while any(c["name"] == name for c in stuff):
+            name = f"all {name}"
+        sem_seg = [{"id": 0, "name": name, "color": [82, 18, 128]}, *stuff]
         if any(c["id"] == 0 for c in stuff):
             sem_seg[0]["id"] = -1
     else:

@@ -21,6 +21,7 @@ from panoptic_fpn_ext import (
     register_panoptic_dataset,
 )
 from panoptic_fpn_ext.data import register_datasets_of_config
+from panoptic_fpn_ext.data.label_space import thing_sem_seg_ids
 
 from .tiny_dataset import TinyDataset
 
@@ -82,6 +83,22 @@ def test_a_stuff_category_with_id_0(register):
     metadata = register(content(categories=[{**CATEGORIES[0], "id": 0}, CATEGORIES[1]]))
     assert metadata.stuff_classes == ["things", "sky"]
     assert metadata.stuff_dataset_id_to_contiguous_id == {-1: 0, 0: 1}
+
+
+def test_a_stuff_category_called_things(register):
+    """Which is the name of all things together otherwise."""
+    called = [{**CATEGORIES[0], "name": "things"}, CATEGORIES[1]]
+    metadata = register(content(categories=called))
+    assert metadata.stuff_classes == ["all things", "things"]
+    assert metadata.stuff_dataset_id_to_contiguous_id == {0: 0, 40: 1}
+    assert thing_sem_seg_ids(metadata) == {0: 0}
+    called.append({**CATEGORIES[2], "name": "all things"})
+    classes = register(content(categories=called), name="both").stuff_classes
+    assert classes == ["all all things", "all things", "things"]
+    full = register(content(categories=called), name="full", label_space="full")
+    assert full.stuff_classes == ["all things", "car", "things"]
+    called[:] = [CATEGORIES[0], {**CATEGORIES[1], "name": "things"}]
+    assert register(content(categories=called), name="thing").stuff_classes == ["things", "sky"]
 
 
 def test_things_only_and_stuff_only(register):

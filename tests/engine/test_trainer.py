@@ -6,15 +6,19 @@ import math
 from collections import Counter
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils.visualizer import Visualizer
 from torch import nn
 
 from panoptic_fpn_ext import PanopticFPNMapper, UserError, add_panoptic_fpn_config
+from panoptic_fpn_ext.config import resolve_config
+from panoptic_fpn_ext.data.checks import check_panoptic_dataset
 from panoptic_fpn_ext.engine import Trainer, trainer
 from panoptic_fpn_ext.evaluation import EVALUATOR_REGISTRY, needs
 
@@ -349,3 +353,43 @@ def test_an_evaluator_that_fails_stops_no_training(training_cfg, tmp_path, monke
     logged = (tmp_path / "metrics.json").read_text()
     assert "sem_seg/mIoU" in logged
     assert ("failing/score" in logged) == (rounds != [1, 2])
+
+
+@on_cpu
+@pytest.mark.parametrize("called", ["sky", "car"])
+@pytest.mark.parametrize("label_space", ["separated", "full"])
+def test_a_category_called_things_has_scores_of_its_own(
+    training_cfg, tmp_path, called, label_space
+):
+    cfg = training_cfg
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 80, 54  # the dataset's
+    cfg.INPUT.MIN_SIZE_TEST = 32
+    dataset = TinyDataset(tmp_path / "tiny")
+    renamed = [
+        {**c, "name": "things" if c["name"] == called else c["name"]}
+        for c in dataset.panoptic["categories"]
+    ]
+    dataset.panoptic["categories"] = renamed
+    dataset.write()
+    assert check_panoptic_dataset(**dataset.paths()).faults == []
+    with dataset.registered(label_space=label_space) as name:
+        cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (name,)
+        cfg = resolve_config(cfg)
+        training = Trainer(cfg)
+        training.train()
+        (record,) = next(iter(Trainer.build_test_loader(cfg, name)))
+        classes = torch.arange(24 * 32).reshape(24, 32) % cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+        drawing = Visualizer(np.zeros((24, 32, 3), np.uint8), MetadataCatalog.get(name))
+        drawing.draw_sem_seg(classes)
+        model = training.model.eval()
+        with torch.no_grad():
+            drawing.draw_panoptic_seg(*model([record])[0]["panoptic_seg"])
+    scores = json.loads((tmp_path / "inference" / "metrics.json").read_text())
+    names = {c["name"] for c in renamed}
+    assert {k.removeprefix("panoptic_seg/PQ-") for k in scores if "PQ-" in k} == names
+    things = {c["name"] for c in renamed if c["isthing"]}
+    assert {k.removeprefix("bbox/AP-") for k in scores if "bbox/AP-" in k} == things
+    semantic = names
+    if label_space == "separated":
+        semantic = {"sky", "things"} if called == "car" else {"things", "all things"}
+    assert {k.removeprefix("sem_seg/IoU-") for k in scores if "/IoU-" in k} == semantic
