@@ -7,6 +7,7 @@ from typing import Any
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
+from detectron2.layers import get_norm
 
 from .data.category_lines import categories_of, first_difference, label_space_of, lines_of
 from .data.label_space import thing_sem_seg_ids
@@ -142,6 +143,7 @@ def resolve_config(cfg: CfgNode) -> CfgNode:
         add_panoptic_fpn_config(cfg)
     register_datasets_of_config(cfg)
     _refuse_idle_keys(cfg)
+    _check_normalization(cfg)
 
     datasets = _datasets_with_classes(cfg)
     for metadata in datasets[1:]:
@@ -259,9 +261,12 @@ def _check_same_classes(first: Metadata, other: Metadata) -> None:
             min(len(ours), len(theirs)),
         )
         names = [repr(c[number]) if number < len(c) else "missing" for c in (ours, theirs)]
+        advice = "datasets of a run need the same classes in the same order"
+        if set(ours) < set(theirs) or set(theirs) < set(ours):
+            advice = "list all categories in both, also those that have no segment there"
         raise UserError(
             f"{pair} have different {kind} classes: number {number} is {names[0]} in one and "
-            f"{names[1]} in the other; datasets of a run need the same classes in the same order"
+            f"{names[1]} in the other; {advice}"
         )
     if thing_sem_seg_ids(first) != thing_sem_seg_ids(other):
         raise UserError(
@@ -343,6 +348,30 @@ def _refuse_idle_keys(cfg: CfgNode) -> None:
             value = _value(cfg, key)
             if value != _value(defaults, key):
                 raise UserError(f"{key} {value} has no effect: {advice}")
+
+
+# Keys of normalization, and of the channels that it is of.
+_NORMALIZED = {
+    "MODEL.RESNETS.NORM": "MODEL.RESNETS.STEM_OUT_CHANNELS",
+    "MODEL.FPN.NORM": "MODEL.FPN.OUT_CHANNELS",
+    "MODEL.SEM_SEG_HEAD.NORM": "MODEL.SEM_SEG_HEAD.CONVS_DIM",
+    "MODEL.ROI_BOX_HEAD.NORM": "MODEL.ROI_BOX_HEAD.CONV_DIM",
+    "MODEL.ROI_MASK_HEAD.NORM": "MODEL.ROI_MASK_HEAD.CONV_DIM",
+}
+
+
+def _check_normalization(cfg: CfgNode) -> None:
+    """Raise UserError for a normalization that is none, or not for that many channels."""
+    for key, channels_key in _NORMALIZED.items():
+        norm, channels = _value(cfg, key), _value(cfg, channels_key)
+        try:
+            get_norm(norm, channels)
+        except KeyError as error:
+            raise UserError(f"{key} {norm!r}: Detectron2 has BN, SyncBN, FrozenBN, GN") from error
+        except ValueError as error:
+            raise UserError(
+                f"{key} {norm} does not go with {channels_key} {channels}: {error}"
+            ) from error
 
 
 def _value(cfg: CfgNode, key: str) -> Any:

@@ -41,6 +41,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
         raise UserError("--config-file is needed, for instance configs/quickstart.yaml")
     if not os.path.isfile(args.config_file):
         raise UserError(f"--config-file {args.config_file}: no such file")
+    if flags := [option for option in args.opts if option.startswith("--")]:
+        raise UserError(f"{flags[0]} after KEY VALUE pairs: it has to come before them")
     if len(args.opts) % 2:
         raise UserError(f"options come as pairs KEY VALUE, got: {' '.join(args.opts)}")
     _merge(cfg, args.config_file, lambda: cfg.merge_from_file(args.config_file))
@@ -142,7 +144,9 @@ def _merge(cfg: CfgNode, source: str, merge) -> None:
         hint = ""
         if "Non-existent" in message:  # yacs: "Non-existent config key: MODEL.WEIGHT"
             hint = _did_you_mean(message.rpartition(": ")[2], _keys(cfg))
-        elif mismatch := re.search(r"\((.*) vs\. (.*)\) for config key: (.*)$", message):
+        elif mismatch := re.search(
+            r"with values \((.*) vs\. (.*)\) for config key: (.*)$", message
+        ):
             expected, found, key = mismatch.groups()
             message = f"{key} is {found}, expected something like {expected}"
             if "<class 'tuple'>" in str(error):

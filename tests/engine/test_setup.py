@@ -1,18 +1,28 @@
 """What is wrong on the command line is said in one line, before anything is written."""
 
 import argparse
+import json
+import os
 
 import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from panoptic_fpn_ext import UserError
 from panoptic_fpn_ext.engine import setup
 
+from ..data.tiny_dataset import TinyDataset
+
 CONFIG = "configs/quickstart.yaml"
 
 
-def arguments(config_file=CONFIG, *opts, eval_only=False):
+def arguments(config_file=CONFIG, *opts, eval_only=False, num_gpus=1):
     return argparse.Namespace(
-        config_file=config_file, opts=list(opts), eval_only=eval_only, resume=False
+        config_file=config_file,
+        opts=list(opts),
+        eval_only=eval_only,
+        resume=False,
+        num_gpus=num_gpus,
+        num_machines=1,
     )
 
 
@@ -35,11 +45,29 @@ def test_classes_come_from_the_dataset(shapes):
         (arguments(""), "--config-file is needed"),
         (arguments(CONFIG, "MODEL.WEIGHT", "x"), "did you mean MODEL.WEIGHTS?"),
         (arguments(CONFIG, "SOLVER.MAX_ITER"), "pairs KEY VALUE"),
+        (arguments(CONFIG, "SOLVER.MAX_ITER", "3", "--resume"), "--resume after KEY VALUE"),
         (arguments(CONFIG, "SOLVER.MAX_ITER", "many"), "SOLVER.MAX_ITER"),
         (arguments(CONFIG, "MODEL.META_ARCHITECTURE", "PanopticFpnExt"), "mean PanopticFPNExt?"),
         (arguments(CONFIG, "SOLVER.OPTIMIZER", "LION"), "allowed are ['SGD', 'ADAMW']"),
         (arguments(CONFIG, "DATASETS.TRAIN", "()"), "DATASETS.TRAIN is empty"),
         (arguments(CONFIG, "DATASETS.TEST", "('shape_val',)"), "did you mean shapes_val?"),
+        (arguments(CONFIG, "DATASETS.TEST", "('coins_val',)"), "DATASETS.PANOPTIC registers one"),
+        (
+            arguments(CONFIG, "DATASETS.TRAIN", "('shapes_train')"),
+            "DATASETS.TRAIN is shapes_train, expected something like ('shapes_train',); in YAML a "
+            'list, or with a comma even for one: ("shapes_train",)',
+        ),
+        (arguments(num_gpus=3), "IMS_PER_BATCH 4 is not a multiple of the 3 processes"),
+        (arguments(CONFIG, "MODEL.DEVICE", "gpu"), "MODEL.DEVICE 'gpu' is no device: cuda, or cpu"),
+        (arguments(CONFIG, "OUTPUT_DIR", __file__), "OUTPUT_DIR"),
+        (
+            arguments(CONFIG, "MODEL.SEM_SEG_HEAD.CONVS_DIM", "48"),
+            "MODEL.SEM_SEG_HEAD.NORM GN does not go with MODEL.SEM_SEG_HEAD.CONVS_DIM 48",
+        ),
+        (
+            arguments(CONFIG, "MODEL.FPN.NORM", "LayerNorm"),
+            "MODEL.FPN.NORM 'LayerNorm': Detectron2",
+        ),
         (arguments(eval_only=True), "--eval-only needs weights"),
         (
             arguments(CONFIG, "MODEL.WEIGHTS", "nowhere.pth", eval_only=True),
@@ -71,6 +99,40 @@ def test_faulty_config_files_are_one_line_that_names_them(tmp_path, content, mes
     assert message in str(error.value)
     assert "faulty.yaml" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("fault", ["json", "png", "image"])
+def test_what_evaluation_needs_is_checked_before_training(tmp_path, split, fault):
+    datasets = {name: TinyDataset(tmp_path / name) for name in ("train", "val")}
+    broken = datasets[split]
+    if fault == "json":
+        broken.annotation(2)["segments_info"][0]["category_id"] = 55
+        broken.write()
+    else:
+        (broken.png(2) if fault == "png" else broken.images / "2.jpg").unlink()
+    registered = [
+        {"name": f"tiny_{name}", **{key: str(path) for key, path in data.paths().items()}}
+        for name, data in datasets.items()
+    ]
+    options = "DATASETS.TRAIN", "('tiny_train',)", "DATASETS.TEST", "('tiny_val',)"
+    file = tmp_path / "config.yaml"
+    content = {"_BASE_": os.path.abspath(CONFIG), "DATASETS": {"PANOPTIC": registered}}
+    file.write_text(json.dumps(content))
+    output = tmp_path / "output"
+    message = {
+        "json": r"image 2: segment \d+: category_id 55 is not among",
+        "png": rf"dataset tiny_{split}: 1 of 4 files are missing, first .*panoptic/2\.png",
+        "image": rf"dataset tiny_{split}: 1 of 4 files are missing, first .*images/2\.jpg",
+    }[fault]
+    try:
+        with pytest.raises(UserError, match=message):
+            setup(arguments(str(file), *options, "OUTPUT_DIR", str(output)))
+    finally:
+        for name in datasets:
+            DatasetCatalog.remove(f"tiny_{name}")
+            MetadataCatalog.remove(f"tiny_{name}")
+    assert not output.exists()
 
 
 def test_a_dataset_that_is_not_there_names_what_is_missing(monkeypatch, tmp_path):
