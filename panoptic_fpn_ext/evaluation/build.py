@@ -19,6 +19,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 
+from ..config import resolve_config
 from ..errors import UserError
 from . import detectron2_evaluators  # noqa: F401  (fills its registry)
 from .cityscapes_instances import CityscapesInstanceEvaluator
@@ -126,9 +127,11 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Inde
     One that fails is left out: its error is logged and in ``failures``.
 
     Args:
-        cfg, dataset_name: see :func:`evaluator_builders`.
+        cfg, dataset_name: see :func:`evaluator_builders`; of the outputs in ``cfg`` those count
+            that the model can return.
         output_folder: where evaluators write what they keep.
     """
+    cfg = resolve_config(cfg)
     evaluators = [
         build(dataset_name, output_folder) for build in evaluator_builders(cfg, dataset_name)
     ]
