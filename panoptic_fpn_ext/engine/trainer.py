@@ -17,7 +17,6 @@ from detectron2.data import (
     get_detection_dataset_dicts,
 )
 from detectron2.engine import DefaultTrainer, HookBase, defaults, hooks
-from detectron2.evaluation import DatasetEvaluators
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import build_model
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
@@ -27,7 +26,7 @@ from torch import nn
 from ..data import PanopticFPNMapper
 from ..data.label_space import with_isthing
 from ..errors import UserError
-from ..evaluation import build_evaluator
+from ..evaluation import EvaluationUserError, IndependentEvaluators, build_evaluator
 from .checkpoint import PanopticFPNCheckpointer
 from .interruption import Interrupted, StopOnSignal
 
@@ -57,6 +56,7 @@ class Trainer(DefaultTrainer):
     """Trains on any panoptic dataset, on GPUs or CPUs, and writes the scores as JSON."""
 
     def __init__(self, cfg: CfgNode) -> None:
+        self._evaluation_error: EvaluationUserError | None = None
         # Detectron2's constructor wants a GPU in several processes, and leaves no method to
         # override where it makes the model data parallel.
         alternate = cfg.MODEL.PANOPTIC_FPN.TRAINING == "alternate"
@@ -69,30 +69,46 @@ class Trainer(DefaultTrainer):
             super().__init__(cfg)
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Detectron2's hooks; what they save and resume is :class:`PanopticFPNCheckpointer`'s."""
+        """Detectron2's hooks; what they save and resume is :class:`PanopticFPNCheckpointer`'s.
+
+        An evaluator that fails stops no training.
+        """
         self.checkpointer = PanopticFPNCheckpointer(
             self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
         )
         built = super().build_hooks()
         # After the scheduler and the periodic checkpoint, before an evaluation that takes long.
         place = next(i for i, hook in enumerate(built) if isinstance(hook, hooks.EvalHook))
+        built[place] = hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self._test_and_go_on)
         return [*built[:place], StopOnSignal(), *built[place:]]
+
+    def _test_and_go_on(self) -> dict[str, Any]:
+        self._evaluation_error = None
+        try:
+            self._last_eval_results = self.test(self.cfg, self.model)
+        except EvaluationUserError as error:
+            self._last_eval_results, self._evaluation_error = error.results, error
+        return self._last_eval_results
 
     def train(self) -> dict[str, Any] | None:
         """As Detectron2's.
 
         Raises:
-            UserError: the losses grew beyond all bounds.
+            UserError: the losses grew beyond all bounds; or, when all is done, an evaluator failed
+                in the last evaluation.
             Interrupted: see :class:`StopOnSignal`.
         """
         try:
-            return super().train()
+            results = super().train()
         except FloatingPointError as error:
             raise UserError(
                 f"the loss is infinite or nan at iteration {self.iter}: lower SOLVER.BASE_LR "
                 f"{self.cfg.SOLVER.BASE_LR}, lengthen SOLVER.WARMUP_ITERS, or set "
                 "SOLVER.CLIP_GRADIENTS.ENABLED True"
             ) from error
+        if self._evaluation_error:
+            raise self._evaluation_error
+        return results
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -176,7 +192,7 @@ class Trainer(DefaultTrainer):
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluators:
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> IndependentEvaluators:
         return build_evaluator(cfg, dataset_name, _inference_folder(cfg, dataset_name))
 
     @classmethod
@@ -185,7 +201,13 @@ class Trainer(DefaultTrainer):
 
         Returns:
             The scores, as :meth:`DefaultTrainer.test`.
+
+        Raises:
+            EvaluationUserError: an evaluator failed, in whatever process. What the others found is
+                written, and in the error.
         """
+        if evaluators is None:
+            evaluators = [cls.build_evaluator(cfg, name) for name in cfg.DATASETS.TEST]
         # Loaders draw a seed and transforms a size from the random state of training.
         numpy_state = np.random.get_state()
         with torch.random.fork_rng(devices=()):
@@ -199,6 +221,13 @@ class Trainer(DefaultTrainer):
             with open(path, "w") as file:  # nan is not JSON
                 json.dump({k: None if v != v else v for k, v in scores.items()}, file, indent=2)
             logger.info("Scores written to %s", path)
+        failures = [
+            failure
+            for evaluator in (evaluators if isinstance(evaluators, list) else [evaluators])
+            for failure in getattr(evaluator, "failures", ())
+        ]
+        if failures:
+            raise EvaluationUserError(f"evaluation is not complete: {'; '.join(failures)}", results)
         return results
 
 
