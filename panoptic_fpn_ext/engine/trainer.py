@@ -94,10 +94,16 @@ class Trainer(DefaultTrainer):
         super().run_step()
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "order": self._order()}
+        # Detectron2 v0.6 forgets the optimizer and the gradient scaler.
+        own = {"_trainer": self._trainer.state_dict(), "order": self._order()}
+        return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        if "_trainer" in state_dict:
+            self._trainer.load_state_dict(state_dict["_trainer"])
+        else:
+            logger.warning("The checkpoint has no state of the optimizer: it starts anew")
         order = state_dict.get("order", {})
         self._seed = order.get("seed", self._seed)
         if order != self._order():

@@ -3,15 +3,17 @@
 import json
 import logging
 import math
+import random
+import signal
 from collections import Counter
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
-from detectron2.config import get_cfg
+from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import DefaultTrainer
+from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils.visualizer import Visualizer
 from torch import nn
@@ -19,7 +21,7 @@ from torch import nn
 from panoptic_fpn_ext import PanopticFPNMapper, UserError, add_panoptic_fpn_config
 from panoptic_fpn_ext.config import resolve_config
 from panoptic_fpn_ext.data.checks import check_panoptic_dataset
-from panoptic_fpn_ext.engine import Trainer, trainer
+from panoptic_fpn_ext.engine import Interrupted, Trainer, trainer
 from panoptic_fpn_ext.evaluation import EVALUATOR_REGISTRY, needs
 
 from ..conftest import CPU, on_cpu
@@ -203,6 +205,84 @@ def test_a_training_is_resumed_but_not_with_other_classes(training_cfg, tmp_path
         other = Trainer(cfg)
         with pytest.raises(UserError, match=r"model_final\.pth: .* is for 5 thing classes, but"):
             other.resume_or_load(resume=True)
+
+
+class StopBefore(HookBase):
+    """Sends the signal of Ctrl-C in the last of so many iterations."""
+
+    def __init__(self, iterations: int) -> None:
+        self.iterations = iterations
+
+    def before_step(self) -> None:
+        if self.trainer.iter + 1 == self.iterations:
+            signal.raise_signal(signal.SIGINT)
+
+
+def train_until(
+    cfg: CfgNode, iterations: int, *, evaluate: bool = False
+) -> dict[str, torch.Tensor]:
+    """Go on with a training as another process would; the parameters and buffers after it."""
+    cfg = cfg.clone()
+    cfg.TEST.EVAL_PERIOD = 1 if evaluate else 0
+    cfg.DATASETS.TEST = ("shapes_val",) if evaluate else ()
+    torch.manual_seed(0)  # of the first parameters alone
+    trainer = Trainer(cfg)
+    for seed in (torch.seed, random.seed, np.random.seed):  # no other process has its random state
+        seed()
+    trainer.resume_or_load(resume=True)
+    if iterations < cfg.SOLVER.MAX_ITER:
+        trainer.register_hooks([StopBefore(iterations)])
+        with pytest.raises(Interrupted):
+            trainer.train()
+    else:
+        trainer.train()
+    return {k: v.clone() for k, v in trainer.model.state_dict().items()}
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    ("training", "sampler", "optimizer", "seed"),
+    [
+        ("joint", "TrainingSampler", "SGD", 3),
+        ("alternate", "RepeatFactorTrainingSampler", "ADAMW", -1),
+    ],
+)
+def test_a_resumed_training_ends_with_the_bits_of_one_that_was_not(
+    training_cfg, tmp_path, training, sampler, optimizer, seed
+):
+    """With other numbers of workers, and evaluated or not, besides."""
+    cfg = training_cfg
+    cfg.MODEL.PANOPTIC_FPN.TRAINING, cfg.DATALOADER.SAMPLER_TRAIN = training, sampler
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.COLOR_AUG_SSD = (48, 64), True
+    cfg.SOLVER.OPTIMIZER, cfg.SEED, cfg.SOLVER.MAX_ITER = optimizer, seed, 6
+    cfg.SOLVER.STEPS, cfg.SOLVER.WARMUP_ITERS = (4,), 3
+    cfg.OUTPUT_DIR = str(tmp_path / "in pieces")
+    train_until(cfg, 1)
+    cfg.DATALOADER.NUM_WORKERS = 2
+    train_until(cfg, 3, evaluate=True)
+    cfg.DATALOADER.NUM_WORKERS = 0
+    found = train_until(cfg, 6)
+    # Which seed a run without one drew is in its checkpoint.
+    file = tmp_path / "in pieces" / "model_final.pth"
+    saved = torch.load(file, weights_only=True)["trainer"]
+    cfg.SEED, cfg.OUTPUT_DIR = saved["order"]["seed"], str(tmp_path / "whole")
+    before = train_until(cfg, 5)
+    expected = train_until(cfg, 6)
+    assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []
+    name = "sem_seg_head.predictor.weight"
+    assert not torch.equal(before[name], expected[name])
+
+
+@on_cpu
+def test_a_new_order_is_said(training_cfg, caplog):
+    cfg = training_cfg
+    cfg.SOLVER.MAX_ITER = 3
+    train_until(cfg, 1)
+    train_until(cfg, 2)
+    assert "order of the images is a new one" not in caplog.text
+    cfg.SOLVER.IMS_PER_BATCH = 4
+    train_until(cfg, 3)
+    assert "'images': 2" in caplog.text and "order of the images is a new one" in caplog.text
 
 
 @on_cpu
