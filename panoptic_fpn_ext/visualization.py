@@ -27,6 +27,7 @@ Segments = Sequence[Mapping[str, Any]]
 
 OPACITY = 0.6  # of a segment on its image
 OUTLINE = 0.6  # how bright it is, compared with the segment's colour
+_DEFAULT_COLORS = colormap(rgb=True).astype(int).tolist()
 _FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 
 
@@ -187,9 +188,12 @@ def _category(segment: Mapping[str, Any], metadata: Metadata) -> tuple[str, Colo
     """Name and colour of a segment's category."""
     kind, number = "thing" if segment["isthing"] else "stuff", segment["category_id"]
     names, colors = (metadata.get(f"{kind}_{what}", None) for what in ("classes", "colors"))
-    if not colors:
-        colors = np.roll(colormap(rgb=True).astype(int), len(kind), axis=0).tolist()
-    return names[number] if names else f"{kind} {number}", tuple(colors[number % len(colors)])
+    color = (
+        colors[number]
+        if colors
+        else _DEFAULT_COLORS[(2 * number + (kind == "stuff")) % len(_DEFAULT_COLORS)]
+    )
+    return names[number] if names else f"{kind} {number}", tuple(color)
 
 
 def _shades(color: Color) -> Iterator[Color]:

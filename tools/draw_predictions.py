@@ -38,6 +38,7 @@ from panoptic_fpn_ext.data.mapper import read_image
 from panoptic_fpn_ext.data.panoptic_png import read_panoptic_png
 from panoptic_fpn_ext.engine import setup
 from panoptic_fpn_ext.engine.checkpoint import PanopticFPNCheckpointer
+from panoptic_fpn_ext.evaluation.common import check_size
 from panoptic_fpn_ext.visualization import agreeing_colors, draw_panoptic, font
 
 FORMATS = (".png", ".jpg", ".jpeg")
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ndraw_predictions.py: interrupted; nothing is written", file=sys.stderr)
         return 130
-    print(f"{number} images, {', '.join(HEADINGS)}: {args.output}")
+    print(f"{number} image{'s' if number > 1 else ''}, drawn to {args.output}")
     return 0
 
 
@@ -82,15 +83,23 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dataset", metavar="NAME", help="default: the first of DATASETS.TEST")
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument(
-        "--num-images", type=at_least(1), default=6, metavar="N", help="the first N (default: 6)"
+        "--num-images",
+        type=between(1, 10_000),
+        default=6,
+        metavar="N",
+        help="the first N (default: 6)",
     )
     chosen.add_argument("--image-ids", metavar="ID,ID", help="these in place of the first")
     parser.add_argument(
-        "--columns", type=at_least(1), default=2, metavar="N", help="images in a row (default: 2)"
+        "--columns",
+        type=between(1, 100),
+        default=2,
+        metavar="N",
+        help="images in a row (default: 2)",
     )
     parser.add_argument(
         "--height",
-        type=at_least(16),
+        type=between(16, 2000),
         default=200,
         metavar="PIXELS",
         help="of each picture (default: 200)",
@@ -107,13 +116,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def at_least(lowest: int) -> Callable[[str], int]:
-    """A type of arguments: whole numbers of a picture's pixels or parts."""
-    highest = 10_000
+def between(lowest: int, highest: int) -> Callable[[str], int]:
+    """A type of arguments: whole numbers within limits."""
 
     def number(text: str) -> int:
         if not text.isdecimal() or not lowest <= int(text) <= highest:
-            raise argparse.ArgumentTypeError(f"expected {lowest} to {highest}, got {text}")
+            raise argparse.ArgumentTypeError(f"expected {lowest} to {highest}, got {text!r}")
         return int(text)
 
     return number
@@ -129,11 +137,11 @@ def whole_file(path: Path) -> Iterator[Path]:
     unfinished = path.with_name(f".{path.stem}.unfinished{path.suffix}")
     try:
         if path.is_dir():
-            raise IsADirectoryError(None, "it is a folder")
+            raise IsADirectoryError(None, "is a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished.touch()
     except OSError as error:
-        raise UserError(f"--output {path}: cannot be written: {error.strerror}") from error
+        raise UserError(f"--output {error.filename or path}: {error.strerror}") from error
     try:
         yield unfinished
         os.replace(unfinished, path)
@@ -156,7 +164,10 @@ def draw(args: argparse.Namespace, file: Path) -> int:
         examples.append(
             pictures(record, output["panoptic_seg"], MetadataCatalog.get(name), args.height)
         )
-    sheet(examples, args.columns).save(file, quality=90)
+    try:
+        sheet(examples, args.columns).save(file, quality=90)
+    except (OSError, ValueError) as error:  # the disk is full, or a format has its limits
+        raise UserError(f"--output {args.output}: cannot be written: {error}") from error
     return len(examples)
 
 
@@ -220,11 +231,10 @@ def pictures(
     ]
     if "pan_seg_file_name" not in record:
         return [*shown, draw_panoptic(image, *prediction, metadata, scale=scale)]
-    truth = (
-        read_panoptic_png(record["pan_seg_file_name"]),
-        with_isthing(record["segments_info"], thing_sem_seg_ids(metadata)),
-    )
-    maps = (prediction, truth)
+    ids = read_panoptic_png(record["pan_seg_file_name"])
+    check_size(record["file_name"], image.shape[:2], record["pan_seg_file_name"], ids.shape)
+    segments = with_isthing(record["segments_info"], thing_sem_seg_ids(metadata))
+    maps = prediction, (ids, segments)
     for panoptic, colors in zip(maps, agreeing_colors(*maps, metadata), strict=True):
         shown.append(draw_panoptic(image, *panoptic, metadata, colors=colors, scale=scale))
     return shown
