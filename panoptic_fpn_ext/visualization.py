@@ -201,7 +201,7 @@ def _shades(color: Color) -> Iterator[Color]:
     yield color
     hue, lightness, saturation = colorsys.rgb_to_hls(*(channel / 255 for channel in color))
     for k in itertools.count(1):
-        turn = 0.03 * ((k + 1) // 2) * (-1) ** k
+        turn = 0.012 * ((k + 1) // 2) * (-1) ** k
         light = 0.25 + (lightness - 0.25 + 0.29 * k) % 0.5
         rgb = colorsys.hls_to_rgb(hue + turn, light, max(saturation, 0.3))
         yield tuple(round(255 * channel) for channel in rgb)
