@@ -8,6 +8,7 @@ them included.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,10 +39,17 @@ def main() -> None:
     label_spaces(MetadataCatalog.get("shapes_val").as_dict(), image_id=IMAGES[0]).savefig(
         HERE / "label_spaces.png", dpi=100
     )
-    arguments = ["--config-file", f"{RUN}/config.yaml", "--output", HERE / "quickstart.jpg"]
-    arguments += ["--image-ids", ",".join(map(str, IMAGES)), "--height", "142"]
-    arguments += ["MODEL.WEIGHTS", f"{RUN}/model_final.pth"]
-    sys.exit(subprocess.call([sys.executable, "tools/draw_predictions.py", *arguments]))
+    chosen = "--image-ids", ",".join(map(str, IMAGES))
+    tool("draw_predictions", "--output", HERE / "quickstart.jpg", *chosen, "--height", "142")
+    tool("tune_merging", "--limit", "40")
+    shutil.copy(f"{RUN}/tune_merging/thresholds.png", HERE)
+
+
+def tool(name: str, *arguments: str | Path) -> None:
+    """Run a tool with the network of the quickstart."""
+    command = [sys.executable, f"tools/{name}.py", "--config-file", f"{RUN}/config.yaml"]
+    weights = ["MODEL.WEIGHTS", f"{RUN}/model_final.pth"]
+    subprocess.run([*command, *arguments, *weights], check=True)
 
 
 def label_spaces(dataset: dict[str, Any], image_id: int) -> Figure:
