@@ -217,7 +217,7 @@ def _with_labels(
     metadata: Metadata,
     colors: Mapping[int, Color],
 ) -> np.ndarray:
-    letters = font(min(max(round(min(numbers.shape) / 20), 11), 28))
+    letters = font(min(max(round(min(numbers.shape) / 30), 11), 24))
     texts = [_label(segment, metadata) for segment in segments_info]
     ascent, descent = letters.getmetrics()
     margin = round(descent / 2) + 1

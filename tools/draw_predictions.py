@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draw images of a dataset, what a network predicts for them, and the ground truth, side by side.
+r"""Draw images of a dataset, what a network predicts for them, and the ground truth, side by side.
 
     python tools/draw_predictions.py --config-file configs/quickstart.yaml \
         --output predictions.png MODEL.WEIGHTS output/quickstart/model_final.pth

@@ -234,3 +234,15 @@ def test_ctrl_c(options, tmp_path) -> None:
     assert process.returncode == 130
     assert said.splitlines()[-1] == "draw_predictions.py: interrupted; nothing is written"
     assert not list(tmp_path.glob("*drawn*"))
+
+
+def test_pictures_of_any_width_lie_in_columns() -> None:
+    """Those of one column are centred under one heading, whatever their widths."""
+    widths = {101: (30, 80, 30), 102: (200, 30, 30), 103: (150, 150, 150)}  # by shade of grey
+    pictures = [[np.full((40, w, 3), grey, np.uint8) for w in row] for grey, row in widths.items()]
+    page = np.asarray(tool.sheet(pictures, columns=2))[-2 * (40 + tool.GAP) :]  # without headings
+    for grey, row in widths.items():
+        assert (page == grey).all(2).sum() == sum(row) * 40, "each is there, whole"
+    first, third = (np.flatnonzero((page == grey).all(2).any(0)) for grey in (101, 103))
+    assert first[0] - third[0] == (150 - 30) // 2
+    assert not (page[40 + tool.GAP :] == 101).all(2).any(), "in the first of two rows"
