@@ -5,7 +5,6 @@ Pictures are (H, W, 3) uint8, RGB.
 
 import colorsys
 import itertools
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +18,7 @@ from detectron2.data.catalog import Metadata
 from detectron2.utils.colormap import colormap
 from PIL import Image, ImageDraw, ImageFont
 
-from .evaluation.panoptic_maps import joint_runs
+from .evaluation.panoptic_maps import joint_counts
 
 Color = tuple[int, int, int]
 Segments = Sequence[Mapping[str, Any]]
@@ -137,24 +136,15 @@ def _matches(
     truth: tuple[torch.Tensor | np.ndarray, Segments],
 ) -> dict[int, int]:
     """The true segment that each predicted one matches, where one does; ids."""
-    (_, ours), (_, theirs) = prediction, truth
-    pixels: Counter[tuple[int, int]] = Counter()
-    for a, b, length in zip(
-        *(x.tolist() for x in joint_runs(_numbers(*prediction), _numbers(*truth))), strict=True
-    ):
-        pixels[a, b] += length
-    of_ours, of_theirs = Counter(), Counter()
-    for (a, b), count in pixels.items():
-        of_ours[a] += count if b else 0
-        of_theirs[b] += count
+    ours, theirs = prediction[1], truth[1]
+    shape = len(ours) + 1, len(theirs) + 1
+    pixels = joint_counts(_numbers(*prediction), _numbers(*truth), shape)
+    common = pixels[1:, 1:]
+    union = common.sum(1)[:, None] + pixels[:, 1:].sum(0) - common
     return {
-        ours[a - 1]["id"]: theirs[b - 1]["id"]
-        for (a, b), common in pixels.items()
-        if a
-        and b
-        and _same_category(ours[a - 1], theirs[b - 1])
-        and not theirs[b - 1].get("iscrowd")
-        and 2 * common > of_ours[a] + of_theirs[b] - common
+        ours[a]["id"]: theirs[b]["id"]
+        for a, b in np.argwhere(2 * common > union).tolist()
+        if _same_category(ours[a], theirs[b]) and not theirs[b].get("iscrowd")
     }
 
 
@@ -164,7 +154,8 @@ def _same_category(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 
 def _numbers(panoptic_seg: torch.Tensor | np.ndarray, segments_info: Segments) -> np.ndarray:
     """(H, W) int32: which of the segments, counted from 1, each pixel belongs to; 0 is void."""
-    ids = torch.as_tensor(panoptic_seg).cpu().numpy()
+    is_tensor = isinstance(panoptic_seg, torch.Tensor)
+    ids = panoptic_seg.cpu().numpy() if is_tensor else np.asarray(panoptic_seg)
     values, inverse = np.unique(ids, return_inverse=True)
     place = {segment["id"]: k for k, segment in enumerate(segments_info, start=1)}
     table = np.array([place.get(value, 0) for value in values.tolist()], np.int32)
