@@ -10,7 +10,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-from panoptic_fpn_ext import UserError  # isort: skip  (says what to do without a Detectron2)
+from panoptic_fpn_ext import UserError  # isort: skip  (before PyTorch and Detectron2)
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser

@@ -118,6 +118,10 @@ def add_panoptic_fpn_config(cfg: CfgNode) -> None:
     # and Cityscapes take, whenever a dataset is evaluated.
     cfg.TEST.SUBMISSION = False
 
+    # Only ways of computing that give the same bits each time, on CPUs; on GPUs where PyTorch has
+    # them. With SEED a run can be repeated then.
+    cfg.DETERMINISTIC = False
+
     # "SGD" (Detectron2's own) or "ADAMW"; both read the other SOLVER keys.
     cfg.SOLVER.OPTIMIZER = "SGD"
 
@@ -261,9 +265,12 @@ def _check_same_classes(first: Metadata, other: Metadata) -> None:
             min(len(ours), len(theirs)),
         )
         names = [repr(c[number]) if number < len(c) else "missing" for c in (ours, theirs)]
+        advice = "datasets of a run need the same classes in the same order"
+        if set(ours) < set(theirs) or set(theirs) < set(ours):
+            advice = "list all categories in both, also those that have no segment there"
         raise UserError(
             f"{pair} have different {kind} classes: number {number} is {names[0]} in one and "
-            f"{names[1]} in the other; datasets of a run need the same classes in the same order"
+            f"{names[1]} in the other; {advice}"
         )
     if thing_sem_seg_ids(first) != thing_sem_seg_ids(other):
         raise UserError(
@@ -314,6 +321,7 @@ _CONDITIONS: dict[str, tuple[Callable[[CfgNode], bool], str]] = {
     "MODEL.PANOPTIC_FPN.COMBINE.NMS_THRESH": _with_architecture(*MERGING_ARCHITECTURES),
     "MODEL.TWO_NETWORK.INSTANCE_WEIGHTS": _with_architecture("TwoNetworkPanopticFPN"),
     "MODEL.TWO_NETWORK.SEMANTIC_WEIGHTS": _with_architecture("TwoNetworkPanopticFPN"),
+    "DETERMINISTIC": (lambda cfg: cfg.SEED >= 0, "SEED 0 or more"),
     "TEST.KEYPOINT_OKS_SIGMAS": (
         lambda cfg: cfg.TEST.EVALUATORS == "detectron2",
         "TEST.EVALUATORS detectron2",

@@ -13,6 +13,9 @@ from typing import Any
 if not any(Path("/dev").glob("nvidia[0-9]*")):
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Before PyTorch is loaded, as in panoptic_fpn_ext.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg

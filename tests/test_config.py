@@ -153,7 +153,11 @@ def renamed(changes):
             "separated",
             "different semantic classes: number 2 is 'ground' in one and 'grass' in the other",
         ),
-        (CATEGORIES[:3], "separated", "different thing classes: number 1 is 'dog' in one and miss"),
+        (
+            CATEGORIES[:3],
+            "separated",
+            "number 1 is 'dog' in one and missing in the other; list all",
+        ),
         (CATEGORIES, "full", "different semantic classes: number 0 is 'things' in one and 'sky'"),
         (CATEGORIES, "separated", None),
         (renamed({3: {"id": 13}, 4: {"id": 40}}), "separated", None),
@@ -182,6 +186,56 @@ def test_datasets_of_a_run_have_the_same_classes(key, categories, label_space, m
         for name in entries:
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
+
+
+@pytest.mark.parametrize("label_space", ["separated", "full"])
+@pytest.mark.parametrize("registered", [True, False])
+def test_categories_travel_in_the_config(tmp_path, label_space, registered):
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    def register(**arguments):
+        files = tmp_path / "images", tmp_path / "pngs", tmp_path / "panoptic.json"
+        register_panoptic_dataset("first", *files, label_space=label_space, **arguments)
+
+    def forget():
+        MetadataCatalog.remove("first")
+        if "first" in DatasetCatalog.list():
+            DatasetCatalog.remove("first")
+
+    options = "DATASETS.TRAIN", "()", "DATASETS.TEST", "('first',)"
+    other = ["1 stuff #000000 sky", "2 stuff #000000 grass"]
+    try:
+        register(categories=CATEGORIES)
+        resolved = resolve_config(config(*options))
+        expected = MetadataCatalog.get("first").as_dict()
+        for keys, message in (
+            (
+                ("MODEL.CATEGORIES", other, "MODEL.LABEL_SPACE", label_space),
+                "number 1 is .* 'grass'",
+            ),
+            (("MODEL.CATEGORIES", resolved.MODEL.CATEGORIES), "label spaces are  and"),
+        ):
+            with pytest.raises(UserError, match=f"CATEGORIES are not those of .* first: {message}"):
+                resolve_config(config(*options, *keys))
+        forget()
+
+        if registered:
+            register()  # its JSON is not there
+        again = get_cfg()
+        add_panoptic_fpn_config(again)
+        (tmp_path / "config.yaml").write_text(resolved.dump())
+        again.merge_from_file(str(tmp_path / "config.yaml"))
+        assert flat(resolve_config(again)).keys() == flat(resolved).keys()
+        for key in ("MODEL.CATEGORIES", "MODEL.LABEL_SPACE", "MODEL.ROI_HEADS.NUM_CLASSES"):
+            assert flat(resolve_config(again))[key] == flat(resolved)[key]
+        found = MetadataCatalog.get("first").as_dict()
+        for key in ("thing_classes", "stuff_classes", "thing_sem_seg_ids", "stuff_colors"):
+            assert found[key] == expected[key]
+        for kind in ("thing", "stuff"):
+            key = f"{kind}_dataset_id_to_contiguous_id"
+            assert found[key] == expected[key]
+    finally:
+        forget()
 
 
 def test_label_spaces_of_a_run_are_the_same():
@@ -374,7 +428,8 @@ KEYS = {
 def test_every_key_of_the_extension_is_in_the_table():
     theirs = flat(get_cfg())
     on_gpus = {"MODEL.ACCELERATION.CUDA_GRAPHS"}  # tests/modeling/test_fixed_part.py
-    assert {key for key in flat(config()) if key not in theirs} <= KEYS.keys() | on_gpus
+    filled_in = {"MODEL.CATEGORIES", "MODEL.LABEL_SPACE"}  # above
+    assert {key for key in flat(config()) if key not in theirs} <= KEYS.keys() | on_gpus | filled_in
     assert {"float32", "bfloat16"} <= PRECISIONS.keys()
 
 

@@ -106,7 +106,7 @@ def test_a_checkpoint_of_other_classes_is_one_line(folder, outputs):
     run = bash(f"{command} output/coins/model_final.pth OUTPUT_DIR output/more", folder)
     assert run.returncode == 2, run.stderr[-2000:]
     line = run.stderr.strip().splitlines()[-1]
-    assert "cls_score.weight is for 2 thing classes, but the model has 3" in line
+    assert "config.yaml: trained on other classes than those of coins_val: number 4 is" in line
     assert "Traceback" not in run.stdout + run.stderr
 
 

@@ -1,6 +1,7 @@
 """The command line, end to end, on a tiny Shapes."""
 
 import json
+import shutil
 from pathlib import Path
 
 import cv2
@@ -112,6 +113,30 @@ def test_eval_only_fails_where_the_scores_are_not_those_expected(trained, tmp_pa
     )
     assert run.returncode == 1
     assert "Result verification failed" in run.stdout
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_failing_evaluator_costs_no_scores_of_others(trained, shapes, tmp_path, processes):
+    """AP needs no panoptic PNG here, the others do."""
+    shutil.copytree(shapes / "panoptic_val", tmp_path / "pngs")
+    png = max((tmp_path / "pngs").iterdir())
+    png.write_bytes(png.read_bytes()[:60])
+    dataset = {"name": "damaged", "image_root": shapes / "val", "panoptic_root": tmp_path / "pngs"}
+    for kind in ("panoptic", "instances"):
+        dataset[f"{kind}_json"] = shapes / "annotations" / f"{kind}_val.json"
+    run = train_net(
+        *("--config-file", CONFIG, "--eval-only", "--num-gpus", processes, *SMALL),
+        *("MODEL.WEIGHTS", trained / "model_final.pth", "OUTPUT_DIR", tmp_path),
+        *("DATASETS.TEST", "('damaged',)", "DATASETS.PANOPTIC"),
+        [{key: str(value) for key, value in dataset.items()}],
+    )
+    assert run.returncode == 2, run.stderr[-3000:]
+    line = run.stderr.strip().splitlines()[-1]
+    assert line.startswith("train_net.py: error: evaluation is not complete: Panoptic")
+    assert line.count(f"{png}: damaged or truncated PNG") == 2
+    assert "Traceback" not in run.stdout + run.stderr
+    expected = {k: v for k, v in scores(trained).items() if k.startswith(("bbox", "segm"))}
+    assert scores(tmp_path) == expected
 
 
 def test_the_written_config_is_enough_to_evaluate(trained, tmp_path):

@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from panoptic_fpn_ext import UserError  # isort: skip  (before PyTorch)
+
 import numpy as np
 import torch
 import yaml
@@ -38,7 +40,6 @@ from pycocotools import mask as mask_util
 from tabulate import tabulate
 from tqdm import tqdm
 
-from panoptic_fpn_ext import UserError
 from panoptic_fpn_ext.data import PanopticFPNMapper
 from panoptic_fpn_ext.data.panoptic_png import read_panoptic_png
 from panoptic_fpn_ext.engine import setup

@@ -4,9 +4,10 @@ Nothing is read before it is needed: categories when metadata is first asked for
 dataset is loaded.
 """
 
+import copy
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -53,28 +54,35 @@ def register_panoptic_dataset(
             function, an image's path below ``image_root`` is what that gives for its entry in the
             JSON's ``images``; by default the entry's ``file_name``.
 
+    Once more with the same arguments, as a cell of a notebook does that is run again, it does
+    nothing.
+
     Raises:
         UserError: a name that is taken, or a label space that does not exist.
     """
     if label_space not in LABEL_SPACES:
         raise UserError(f"dataset {name}: label_space {label_space!r} is not one of {LABEL_SPACES}")
-
-    if name in DatasetCatalog.list():
-        raise UserError(f"dataset {name}: another one is registered by this name")
-
     if evaluators is None:
         evaluators = ("panoptic_seg", "sem_seg", "instances") if panoptic_root else ()
-
-    def load_categories() -> dict[str, Any]:
-        entries = read_categories(panoptic_json) if categories is None else categories
-        return categories_to_metadata(entries, label_space=label_space, source=str(panoptic_json))
-
+    arguments = {
+        "image_root": str(image_root),
+        "panoptic_root": str(panoptic_root) if panoptic_root else None,
+        "panoptic_json": str(panoptic_json),
+        "instances_json": str(instances_json) if instances_json else None,
+        "label_space": label_space,
+        "categories": copy.deepcopy(categories),
+        "evaluators": tuple(evaluators),
+        **metadata,
+    }
+    if name in DatasetCatalog.list():
+        _refuse_others(name, arguments)
+        return
     MetadataCatalog[name] = _LazyMetadata(
-        load_categories,
+        arguments,
         name=name,
-        image_root=str(image_root),
-        panoptic_json=str(panoptic_json),
-        evaluators=tuple(evaluators),
+        image_root=arguments["image_root"],
+        panoptic_json=arguments["panoptic_json"],
+        evaluators=arguments["evaluators"],
         evaluator_type="coco_panoptic_seg",
         ignore_label=255,
         label_divisor=1000,
@@ -85,11 +93,36 @@ def register_panoptic_dataset(
     DatasetCatalog.register(name, lambda: load_panoptic_dataset(name))
 
 
+def _refuse_others(name: str, arguments: Mapping[str, Any]) -> None:
+    """Raise UserError if a registered dataset has other arguments than these."""
+    registered = MetadataCatalog.get(name).__dict__.get("_arguments")
+    if registered is None:
+        raise UserError(f"dataset {name}: another one is registered by this name: choose another")
+
+    for key in {**registered, **arguments}:
+        old, new = registered.get(key), arguments.get(key)
+        if _content(old) != _content(new):
+            what = f"{key} {old!r}, not {new!r}"
+            raise UserError(
+                f"dataset {name}: registered already with {what if len(what) < 200 else key}: "
+                f"choose another name, or call DatasetCatalog.remove({name!r}) first"
+            )
+
+
+def _content(value: Any) -> Any:
+    """What to compare: a function of a notebook is a new one each time its cell is run."""
+    if not inspect.isfunction(value):
+        return value
+    variables = [cell.cell_contents for cell in value.__closure__ or ()]
+    return value.__code__, value.__defaults__, variables
+
+
 def register_datasets_of_config(cfg: CfgNode) -> None:
-    """Register the datasets of ``DATASETS.PANOPTIC`` that are not registered yet.
+    """Register the datasets of ``DATASETS.PANOPTIC``.
 
     Raises:
-        UserError: an entry that is not a dict of arguments of :func:`register_panoptic_dataset`.
+        UserError: an entry that is not a dict of arguments of :func:`register_panoptic_dataset`,
+            or one that this refuses.
     """
     known = dict(inspect.signature(register_panoptic_dataset).parameters)
     del known["metadata"]
@@ -104,15 +137,10 @@ def register_datasets_of_config(cfg: CfgNode) -> None:
         for name in arguments:
             if name not in known:
                 raise UserError(f"{key}: unknown {name!r}; allowed are {', '.join(known)}")
-        if arguments["name"] not in DatasetCatalog.list():
+        try:
             register_panoptic_dataset(**arguments)
-            continue
-        registered = MetadataCatalog.get(arguments["name"]).as_dict()
-        if registered.get("panoptic_json") != arguments["panoptic_json"]:
-            raise UserError(
-                f"{key}: a dataset named {arguments['name']} is registered already: choose "
-                "another name"
-            )
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from error
 
 
 def set_categories(
@@ -150,7 +178,10 @@ def categories_to_metadata(
     if label_space == "full":
         sem_seg = categories
     elif things:
-        sem_seg = [{"id": 0, "name": "things", "color": [82, 18, 128]}, *stuff]
+        name = "things"
+        while any(c["name"] == name for c in stuff):
+            name = f"all {name}"
+        sem_seg = [{"id": 0, "name": name, "color": [82, 18, 128]}, *stuff]
         if any(c["id"] == 0 for c in stuff):
             sem_seg[0]["id"] = -1
     else:
@@ -176,25 +207,35 @@ class _LazyMetadata(Metadata):
     name of one made of the panoptic PNGs; it is not in :meth:`as_dict`.
     """
 
-    def __init__(self, load: Callable[[], dict[str, Any]], **attributes: Any) -> None:
+    def __init__(self, arguments: Mapping[str, Any] | None = None, /, **attributes: Any) -> None:
+        """
+        Args:
+            arguments: of :func:`register_panoptic_dataset`; None for a copy, which is filled later.
+            attributes: what is known at once.
+        """
         super().__init__(**attributes)
-        self.__dict__["_load"] = load
+        if arguments is not None:
+            self.__dict__.update(_arguments=arguments, _load=True)
 
     def __getattr__(self, key: str) -> Any:
         if key == "json_file":
             return f"{INSTANCES_PREFIX}{self.name}"
-        load = self.__dict__.pop("_load", None)
-        if load is None or key.startswith("__"):
+        if key.startswith("__") or not self.__dict__.pop("_load", False):
             return super().__getattr__(key)
+        source = self._arguments["panoptic_json"]
         try:
-            self.set(**load())
+            categories = self._arguments["categories"]
+            if categories is None:
+                categories = read_categories(source)
+            label_space = self._arguments["label_space"]
+            self.set(**categories_to_metadata(categories, label_space=label_space, source=source))
         except BaseException:
-            self.__dict__["_load"] = load
+            self.__dict__["_load"] = True
             raise
         return getattr(self, key)
 
     def as_dict(self) -> dict[str, Any]:
-        return {k: v for k, v in super().as_dict().items() if k != "_load"}
+        return {k: v for k, v in super().as_dict().items() if k not in ("_arguments", "_load")}
 
 
 def _color(category: dict[str, Any]) -> list[int]:

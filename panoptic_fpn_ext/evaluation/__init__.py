@@ -5,6 +5,7 @@ from .base import ImageEvaluator
 from .build import build_evaluator, evaluator_builders
 from .cityscapes_instances import CityscapesInstanceEvaluator
 from .cityscapes_sem_seg import CityscapesSemSegEvaluator
+from .independent import EvaluationUserError, IndependentEvaluators
 from .instance_ap import InstanceAPEvaluator
 from .panoptic_quality import PanopticQualityEvaluator
 from .registry import DETECTRON2_EVALUATOR_REGISTRY, EVALUATOR_REGISTRY, needs
@@ -16,7 +17,9 @@ __all__ = [
     "EVALUATOR_REGISTRY",
     "CityscapesInstanceEvaluator",
     "CityscapesSemSegEvaluator",
+    "EvaluationUserError",
     "ImageEvaluator",
+    "IndependentEvaluators",
     "InstanceAPEvaluator",
     "PanopticQualityEvaluator",
     "PanopticSubmissionWriter",

@@ -17,12 +17,14 @@ from importlib.util import find_spec
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
+from detectron2.evaluation import DatasetEvaluator
 
+from ..config import resolve_config
 from ..errors import UserError
 from . import detectron2_evaluators  # noqa: F401  (fills its registry)
 from .cityscapes_instances import CityscapesInstanceEvaluator
 from .cityscapes_sem_seg import CityscapesSemSegEvaluator
+from .independent import IndependentEvaluators
 from .instance_ap import InstanceAPEvaluator
 from .panoptic_quality import PanopticQualityEvaluator
 from .registry import (
@@ -59,7 +61,7 @@ def sem_seg(dataset_name: str, output_folder: str) -> DatasetEvaluator:
 @EVALUATOR_REGISTRY.register()
 @needs("instances")
 def instances(dataset_name: str, output_folder: str) -> DatasetEvaluator:
-    return InstanceAPEvaluator.from_dataset(dataset_name)
+    return InstanceAPEvaluator.from_dataset(dataset_name, output_folder)
 
 
 @EVALUATOR_REGISTRY.register()
@@ -119,17 +121,21 @@ def _is_there(module: str, attribute: str | None) -> bool:
     return attribute is None or hasattr(import_module(module), attribute)
 
 
-def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluators:
+def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> IndependentEvaluators:
     """The evaluators of a dataset, and with ``TEST.SUBMISSION`` what writes the submission.
 
+    One that fails is left out: its error is logged and in ``failures``.
+
     Args:
-        cfg, dataset_name: see :func:`evaluator_builders`.
+        cfg, dataset_name: see :func:`evaluator_builders`; of the outputs in ``cfg`` those count
+            that the model can return.
         output_folder: where evaluators write what they keep.
     """
+    cfg = resolve_config(cfg)
     evaluators = [
         build(dataset_name, output_folder) for build in evaluator_builders(cfg, dataset_name)
     ]
     if cfg.TEST.SUBMISSION:
         # The first, because Detectron2's evaluators change the predictions.
         evaluators.insert(0, PanopticSubmissionWriter.from_dataset(dataset_name, output_folder))
-    return DatasetEvaluators(evaluators)
+    return IndependentEvaluators(evaluators)

@@ -2,13 +2,16 @@
 
 import logging
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+import os
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pycocotools.mask as mask_util
-from detectron2.data import Metadata
+from detectron2.data import Metadata, MetadataCatalog
 from detectron2.structures import BoxMode, Instances
 from detectron2.utils.logger import create_small_table
 from faster_coco_eval import COCO, COCOeval_faster
@@ -23,6 +26,7 @@ from .rle import encode_masks
 
 logger = logging.getLogger(__name__)
 
+RESULTS_NAME = "coco_instances_results.json"  # as Detectron2's
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
@@ -83,7 +87,8 @@ def instance_annotations(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 class InstanceAPEvaluator(ImageEvaluator[ImageInstances]):
-    """Box and mask AP of ``instances``, with the keys and values of Detectron2's COCOEvaluator.
+    """Box and mask AP of ``instances``, with the keys and values of Detectron2's COCOEvaluator,
+    and the file of predictions that it writes.
 
     The images that were processed are evaluated, one that comes twice once. Works in one process
     or several, and gives the same numbers to the last digit however images are ordered and spread
@@ -98,6 +103,7 @@ class InstanceAPEvaluator(ImageEvaluator[ImageInstances]):
         thing_classes: Sequence[str],
         json_file: str | None = None,
         dataset_id_to_contiguous_id: Mapping[int, int] | None = None,
+        results_file: str | os.PathLike | None = None,
         distributed: bool = True,
     ) -> None:
         """
@@ -105,13 +111,35 @@ class InstanceAPEvaluator(ImageEvaluator[ImageInstances]):
             thing_classes: names of the thing categories.
             json_file: COCO instance annotations; without it the things of the panoptic PNGs are
                 the ground truth.
-            dataset_id_to_contiguous_id: the category ids of ``json_file`` and the contiguous ones.
+            dataset_id_to_contiguous_id: the category ids of the dataset and the contiguous ones;
+                by default they are the same.
+            results_file: where to write the predictions in the COCO result format
+                (https://cocodataset.org/#format-results); by default nowhere.
             distributed: gather the results of all processes; otherwise each evaluates its own.
         """
         super().__init__(distributed=distributed)
         self._class_names = list(thing_classes)
         self._json_file = json_file
-        self._dataset_id_to_contiguous_id = dict(dataset_id_to_contiguous_id or {})
+        self._dataset_id_to_contiguous_id = dict(
+            dataset_id_to_contiguous_id or enumerate(range(len(self._class_names)))
+        )
+        self._results_file = None if results_file is None else Path(results_file)
+
+    @classmethod
+    def from_dataset(
+        cls,
+        dataset_name: str,
+        output_folder: str | os.PathLike | None = None,
+        *,
+        distributed: bool = True,
+    ) -> "InstanceAPEvaluator":
+        """The evaluator of a registered dataset, from its metadata; where there is a folder, it
+        writes ``coco_instances_results.json`` there."""
+        return cls(
+            **cls.dataset_arguments(MetadataCatalog.get(dataset_name)),
+            results_file=None if output_folder is None else Path(output_folder, RESULTS_NAME),
+            distributed=distributed,
+        )
 
     @classmethod
     def dataset_arguments(cls, metadata: Metadata) -> dict[str, Any]:
@@ -174,6 +202,8 @@ class InstanceAPEvaluator(ImageEvaluator[ImageInstances]):
         """
         if not self._class_names:
             return {}
+        if self._results_file is not None:
+            self._write_results(images)
         # Equal scores are ranked by image: in the order of their ids, as in pycocotools.
         by_id = {image_id: image for (image_id, _), image in images.items()}
         tasks = ["bbox"]
@@ -189,6 +219,22 @@ class InstanceAPEvaluator(ImageEvaluator[ImageInstances]):
             scores[task] = self._average_precisions(ground_truth, detections, task)
             self._log(task, scores[task], len(by_id))
         return scores
+
+    def _write_results(self, images: Mapping[tuple[Hashable, str], ImageInstances]) -> None:
+        """Write the predictions of all images, image by image."""
+        # In a full label space of Detectron2 there are classes that are no thing categories.
+        category_ids = {place: k for k, place in self._dataset_id_to_contiguous_id.items()}
+        self._results_file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._results_file.with_suffix(".json.partial")
+        separator = b"["
+        with open(partial, "wb") as file:
+            for (image_id, _), image in images.items():
+                for result in _results(image_id, image, category_ids):
+                    file.write(separator + msgspec.json.encode(result))
+                    separator = b",\n"
+            file.write(b"[]" if separator == b"[" else b"]")
+        partial.replace(self._results_file)
+        logger.info(f"Predicted instances written to {self._results_file}")
 
     def _ground_truth(self, images: Mapping[Hashable, ImageInstances]) -> COCO:
         """Images are numbered from 1 (faster-coco-eval wants integers), categories too."""
@@ -230,6 +276,7 @@ class InstanceAPEvaluator(ImageEvaluator[ImageInstances]):
         names = {k: self._class_names[place] for k, place in to_contiguous.items()}
         raise_first(instances_faults(content, source=source, things=names, images=sizes))
         annotations: dict[Hashable, list[dict[str, Any]]] = {image_id: [] for image_id in images}
+        without_area = 0
         for annotation in content["annotations"]:
             if annotation["image_id"] not in annotations:
                 continue
@@ -245,7 +292,10 @@ class InstanceAPEvaluator(ImageEvaluator[ImageInstances]):
                 instance["segmentation"] = mask
             if "area" not in annotation:
                 instance["area"] = _area(instance, sizes[image_id])
+                without_area += 1
             annotations[image_id].append(instance)
+        if without_area:
+            logger.info(f"{source}: {without_area} annotations say no area; their masks' is taken")
         return annotations
 
     def _average_precisions(
@@ -289,6 +339,22 @@ def _area(annotation: Mapping[str, Any], size: Mapping[str, int]) -> float:
     if isinstance(mask, list) or isinstance(mask["counts"], list):
         mask = mask_util.frPyObjects(mask, size["height"], size["width"])
     return float(mask_util.area(mask_util.merge(mask) if isinstance(mask, list) else mask))
+
+
+def _results(
+    image_id: Hashable, image: ImageInstances, category_ids: Mapping[int, int]
+) -> Iterator[dict[str, Any]]:
+    """The predictions of an image in the COCO result format, with Detectron2's fields."""
+    masks = image.masks or [None] * len(image.scores)
+    columns = (image.boxes, image.scores, image.classes)
+    for box, score, place, counts in zip(*(c.tolist() for c in columns), masks, strict=True):
+        if place in category_ids:
+            result = {"image_id": image_id, "category_id": category_ids[place]}
+            result |= {"bbox": box, "score": score}
+            if counts is not None:
+                mask = {"size": list(image.size), "counts": counts.decode()}
+                result["segmentation"] = mask
+            yield result
 
 
 def _detections(images: Iterable[ImageInstances], task: str) -> list[dict[str, Any]]:

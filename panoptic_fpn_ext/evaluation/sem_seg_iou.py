@@ -78,14 +78,15 @@ class SemSegIoUEvaluator(ImageEvaluator[ConfusionCells]):
         }
 
     def evaluate_image(
-        self, record: Mapping[str, Any], prediction: torch.Tensor, source: str
+        self, record: Mapping[str, Any], prediction: torch.Tensor | np.ndarray, source: str
     ) -> ConfusionCells:
         """How many pixels of an image have each true and predicted class.
 
         Args:
             record: dataset dict with ``pan_seg_file_name`` and ``segments_info`` or with
                 ``sem_seg_file_name``, an 8-bit grey image of labels.
-            prediction: ``sem_seg``: logits (C, H, W).
+            prediction: ``sem_seg``: logits (C, H, W), as a model returns them, or classes (H, W),
+                integers, as they are saved.
 
         Raises:
             UserError: prediction and ground truth differ in size or classes, or a ground truth
@@ -175,8 +176,17 @@ class SemSegIoUEvaluator(ImageEvaluator[ConfusionCells]):
             "pan_seg_file_name or sem_seg_file_name"
         )
 
-    def _predicted_classes(self, logits: torch.Tensor, source: str) -> np.ndarray:
+    def _predicted_classes(self, prediction: torch.Tensor | np.ndarray, source: str) -> np.ndarray:
         """The predicted classes: uint8 array (H, W)."""
+        if prediction.ndim == 2:
+            classes = prediction.cpu().numpy() if torch.is_tensor(prediction) else prediction
+            if classes.size and not 0 <= classes.min() <= classes.max() < len(self._class_names):
+                raise UserError(
+                    f"{source} has classes {classes.min()}..{classes.max()}, but the dataset has "
+                    f"{len(self._class_names)}"
+                )
+            return classes.astype(np.uint8)
+        logits = torch.as_tensor(prediction)
         if logits.shape[0] != len(self._class_names):
             raise UserError(
                 f"{source} has {logits.shape[0]} semantic classes, "

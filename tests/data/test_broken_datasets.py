@@ -48,6 +48,10 @@ def save_png(mode: str) -> Break:
     return save
 
 
+def swap_red_and_blue(data: TinyDataset) -> None:
+    cv2.imwrite(str(data.png(1)), cv2.imread(str(data.png(1)))[..., ::-1])
+
+
 def change_image(**fields) -> Break:
     return lambda data: data.image(1).update(fields)
 
@@ -218,6 +222,10 @@ CASES_OF_INSTANCES: dict[str, tuple[Break, str]] = {
             segmentation={"size": [24, 30], "counts": [720]}
         ),
         r"instances\.json: image 1: .*segmentation is of size \[24, 30\], expected \[24, 32\]",
+    ),
+    "a panoptic PNG written as BGR": (
+        swap_red_and_blue,
+        r"1\.png: .*segment.* \(red and blue are swapped: OpenCV takes BGR",
     ),
     "points in pairs": (
         lambda d: d.instances["annotations"][0].update(segmentation=[[[1, 1], [9, 1], [5, 9]]]),

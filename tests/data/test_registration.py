@@ -1,13 +1,17 @@
 """Registering panoptic datasets: categories, label spaces, records."""
 
+import copy
 import json
+import multiprocessing
 import pickle
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data.catalog import Metadata
 from detectron2.data.datasets import load_coco_json
 
 from panoptic_fpn_ext import (
@@ -17,6 +21,7 @@ from panoptic_fpn_ext import (
     register_panoptic_dataset,
 )
 from panoptic_fpn_ext.data import register_datasets_of_config
+from panoptic_fpn_ext.data.label_space import thing_sem_seg_ids
 
 from .tiny_dataset import TinyDataset
 
@@ -41,7 +46,7 @@ def register(tmp_path):
         return MetadataCatalog.get(name)
 
     yield register
-    for name in names:
+    for name in set(names):
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
 
@@ -78,6 +83,22 @@ def test_a_stuff_category_with_id_0(register):
     metadata = register(content(categories=[{**CATEGORIES[0], "id": 0}, CATEGORIES[1]]))
     assert metadata.stuff_classes == ["things", "sky"]
     assert metadata.stuff_dataset_id_to_contiguous_id == {-1: 0, 0: 1}
+
+
+def test_a_stuff_category_called_things(register):
+    """Which is the name of all things together otherwise."""
+    called = [{**CATEGORIES[0], "name": "things"}, CATEGORIES[1]]
+    metadata = register(content(categories=called))
+    assert metadata.stuff_classes == ["all things", "things"]
+    assert metadata.stuff_dataset_id_to_contiguous_id == {0: 0, 40: 1}
+    assert thing_sem_seg_ids(metadata) == {0: 0}
+    called.append({**CATEGORIES[2], "name": "all things"})
+    classes = register(content(categories=called), name="both").stuff_classes
+    assert classes == ["all all things", "all things", "things"]
+    full = register(content(categories=called), name="full", label_space="full")
+    assert full.stuff_classes == ["all things", "car", "things"]
+    called[:] = [CATEGORIES[0], {**CATEGORIES[1], "name": "things"}]
+    assert register(content(categories=called), name="thing").stuff_classes == ["things", "sky"]
 
 
 def test_things_only_and_stuff_only(register):
@@ -142,10 +163,105 @@ def test_bad_json_is_one_line_that_names_the_file(register, bad, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_name_that_is_taken(register):
-    register(content())
-    with pytest.raises(UserError, match="dataset test_panoptic: another one is registered"):
-        register_panoptic_dataset("test_panoptic", "a", "b", "c")
+def below(folder: str) -> Callable[[dict], str]:
+    return lambda image: f"{folder}/{image['file_name']}"
+
+
+def test_the_same_registration_again_changes_nothing(register, tmp_path):
+    arguments = {"categories": CATEGORIES, "label_space": "full", "color_map": [1]}
+    metadata = register(content(), image_file_name=below("a"), **arguments)
+    metadata.set(note="mine")
+    loader = DatasetCatalog["test_panoptic"]
+    register(  # paths as text, and a function of the same content
+        content(),
+        **{**arguments, "categories": json.loads(json.dumps(CATEGORIES))},
+        image_file_name=below("a"),
+        evaluators=("panoptic_seg", "sem_seg", "instances"),
+    )
+    path = str(tmp_path / "panoptic.json")
+    with pytest.raises(UserError, match="label_space 'full', not 'separated'"):
+        register_panoptic_dataset("test_panoptic", str(tmp_path), f"{tmp_path}/png", path)
+    assert MetadataCatalog.get("test_panoptic") is metadata
+    assert DatasetCatalog["test_panoptic"] is loader
+    assert metadata.note == "mine"
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"image_root": "b"}, "image_root 'a', not 'b'"),
+        ({"panoptic_root": None}, "panoptic_root 'p', not None"),
+        ({"panoptic_json": "q"}, "panoptic_json 'j', not 'q'"),
+        ({"instances_json": "i"}, "instances_json None, not 'i'"),
+        ({"label_space": "full"}, "label_space 'separated', not 'full'"),
+        ({"categories": CATEGORIES}, "categories"),  # too many to list
+        ({"evaluators": ["sem_seg"]}, r"evaluators \(.*\), not \('sem_seg',\)"),
+        ({"image_file_name": below("b")}, "image_file_name <.*>, not <.*>"),
+        ({"image_file_name": lambda image: "b"}, "image_file_name <.*>, not <.*>"),
+        ({"gt_dir": "g"}, "gt_dir None, not 'g'"),
+    ],
+)
+def test_another_of_the_same_name_is_refused(changes, difference):
+    arguments = {"image_root": "a", "panoptic_root": "p", "panoptic_json": "j"}
+    extra = {"image_file_name": below("a")}
+    register_panoptic_dataset("taken", **arguments, **extra)
+    advice = r"choose another name, or call DatasetCatalog.remove\('taken'\) first"
+    try:
+        message = f"^dataset taken: registered already with {difference}: {advice}$"
+        with pytest.raises(UserError, match=message):
+            register_panoptic_dataset("taken", **{**arguments, **extra, **changes})
+        DatasetCatalog.remove("taken")
+        register_panoptic_dataset("taken", **{**arguments, **changes})
+    finally:
+        DatasetCatalog.remove("taken")
+        MetadataCatalog.remove("taken")
+
+
+def test_a_name_of_detectron2_is_refused():
+    name = "coco_2017_val_panoptic"
+    with pytest.raises(UserError, match=f"dataset {name}: another one is registered by this name"):
+        register_panoptic_dataset(name, "a", "b", "c")
+
+
+COPIES = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda metadata: pickle.loads(pickle.dumps(metadata)),
+}
+
+
+@pytest.mark.parametrize("resolved", [False, True])
+@pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)
+def test_metadata_is_copied(register, make_copy, resolved):
+    metadata = register(content(), note=["a"])
+    if resolved:
+        assert metadata.thing_classes
+    copied = make_copy(metadata)
+    assert copied == metadata
+    assert type(copied) is type(metadata)
+    assert copied.as_dict() == metadata.as_dict()
+    assert ("thing_classes" in metadata.as_dict()) == resolved  # nothing was read
+    copied.set(mine=1)
+    assert "mine" not in metadata.as_dict()
+    assert metadata.json_file == copied.json_file
+    assert copied.stuff_classes == metadata.stuff_classes == ["things", "road", "sky"]
+    assert copied.as_dict() == {**metadata.as_dict(), "mine": 1}
+    assert not hasattr(copied, "absent")
+    assert copied.as_dict()["note"] == ["a"]
+    if make_copy is not copy.copy:
+        copied.note.append("b")
+        copied.thing_classes.append("b")
+        assert (metadata.note, metadata.thing_classes) == (["a"], ["car", "person"])
+
+
+def stuff_classes(metadata: Metadata) -> list[str]:
+    return metadata.stuff_classes
+
+
+def test_metadata_goes_to_a_spawned_process(register):
+    metadata = register(content())
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(stuff_classes, (metadata,)) == ["things", "road", "sky"]
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -249,7 +365,10 @@ def test_datasets_of_a_config(data, tmp_path):
         ({"name": "x"}, r"DATASETS.PANOPTIC\[0\]: no 'image_root'; needed are name, image_root"),
         ({"image_dir": "x"}, r"unknown 'image_dir'; allowed are name, image_root"),
         ({"label_space": "half"}, r"label_space 'half' is not one of"),
-        ({"name": "shapes_val"}, r"a dataset named shapes_val is registered already"),
+        (
+            {"name": "shapes_val"},
+            r"DATASETS.PANOPTIC\[0\]: dataset shapes_val: registered already with image_root '",
+        ),
     ],
 )
 def test_mistakes_in_datasets_of_a_config(data, entry, message):

@@ -1,11 +1,16 @@
 """What is wrong on the command line is said in one line, before anything is written."""
 
 import argparse
+import json
+import os
 
 import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from panoptic_fpn_ext import UserError
 from panoptic_fpn_ext.engine import setup
+
+from ..data.tiny_dataset import TinyDataset
 
 CONFIG = "configs/quickstart.yaml"
 
@@ -94,6 +99,40 @@ def test_faulty_config_files_are_one_line_that_names_them(tmp_path, content, mes
     assert message in str(error.value)
     assert "faulty.yaml" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("fault", ["json", "png", "image"])
+def test_what_evaluation_needs_is_checked_before_training(tmp_path, split, fault):
+    datasets = {name: TinyDataset(tmp_path / name) for name in ("train", "val")}
+    broken = datasets[split]
+    if fault == "json":
+        broken.annotation(2)["segments_info"][0]["category_id"] = 55
+        broken.write()
+    else:
+        (broken.png(2) if fault == "png" else broken.images / "2.jpg").unlink()
+    registered = [
+        {"name": f"tiny_{name}", **{key: str(path) for key, path in data.paths().items()}}
+        for name, data in datasets.items()
+    ]
+    options = "DATASETS.TRAIN", "('tiny_train',)", "DATASETS.TEST", "('tiny_val',)"
+    file = tmp_path / "config.yaml"
+    content = {"_BASE_": os.path.abspath(CONFIG), "DATASETS": {"PANOPTIC": registered}}
+    file.write_text(json.dumps(content))
+    output = tmp_path / "output"
+    message = {
+        "json": r"image 2: segment \d+: category_id 55 is not among",
+        "png": rf"dataset tiny_{split}: 1 of 4 files are missing, first .*panoptic/2\.png",
+        "image": rf"dataset tiny_{split}: 1 of 4 files are missing, first .*images/2\.jpg",
+    }[fault]
+    try:
+        with pytest.raises(UserError, match=message):
+            setup(arguments(str(file), *options, "OUTPUT_DIR", str(output)))
+    finally:
+        for name in datasets:
+            DatasetCatalog.remove(f"tiny_{name}")
+            MetadataCatalog.remove(f"tiny_{name}")
+    assert not output.exists()
 
 
 def test_a_dataset_that_is_not_there_names_what_is_missing(monkeypatch, tmp_path):

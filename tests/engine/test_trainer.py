@@ -6,15 +6,21 @@ import math
 from collections import Counter
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils.visualizer import Visualizer
 from torch import nn
 
 from panoptic_fpn_ext import PanopticFPNMapper, UserError, add_panoptic_fpn_config
+from panoptic_fpn_ext.config import resolve_config
+from panoptic_fpn_ext.data.checks import check_panoptic_dataset
 from panoptic_fpn_ext.engine import Trainer, trainer
+from panoptic_fpn_ext.evaluation import EVALUATOR_REGISTRY, needs
 
 from ..conftest import CPU, on_cpu
 from ..data.tiny_dataset import TinyDataset
@@ -235,10 +241,11 @@ def test_things_are_told_from_stuff_where_segments_do_not_say(training_cfg, monk
     cfg.DATALOADER.REPEAT_THRESHOLD = 1.0
     classes = ["sky", "car", "grass", "ship"]
     segments = [[{"category_id": c} for c in ids] for ids in ([0, 1], [1], [1, 2], [1, 3])]
-    records = [{"image_id": k, "segments_info": infos} for k, infos in enumerate(segments)]
-    monkeypatch.setattr(
-        PanopticFPNMapper, "__call__", lambda self, record: {**record, "height": 1, "width": 1}
-    )
+    records = [
+        {"image_id": k, "segments_info": infos, "height": 1, "width": 1}
+        for k, infos in enumerate(segments)
+    ]
+    monkeypatch.setattr(PanopticFPNMapper, "__call__", lambda self, record: record)
     cfg.DATASETS.TRAIN = ("shared_range",)
     metadata = MetadataCatalog.get("shared_range")
     metadata.set(thing_classes=classes, stuff_classes=classes)
@@ -309,3 +316,81 @@ def test_images_are_evaluated_as_they_are(training_cfg):
     assert record["image"].shape == (3, 32, 32)
     assert not {"instances", "sem_seg"} & record.keys()
     assert len(loader) == 6
+
+
+@on_cpu
+@pytest.mark.parametrize("rounds", [[1], [1, 2], [2]])
+def test_an_evaluator_that_fails_stops_no_training(training_cfg, tmp_path, monkeypatch, rounds):
+    """It fails in some of the two evaluations of a training; only the last one's outcome counts."""
+
+    class Failing(DatasetEvaluator):
+        evaluations = 0
+
+        def evaluate(self) -> dict:
+            Failing.evaluations += 1
+            if Failing.evaluations in rounds:
+                raise ZeroDivisionError("no reason")
+            return {"failing": {"score": 1.0}}
+
+    failing = needs("sem_seg")(lambda dataset_name, output_folder: Failing())
+    monkeypatch.setitem(EVALUATOR_REGISTRY._obj_map, "failing", failing)
+    cfg = training_cfg
+    cfg.SOLVER.MAX_ITER, cfg.TEST.EVAL_PERIOD = 2, 1
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 2, 2
+    with TinyDataset(tmp_path / "tiny").registered(evaluators=("failing", "sem_seg")) as name:
+        cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (name,)
+        training = Trainer(cfg)
+        if 2 in rounds:
+            reason = "evaluation is not complete: Failing: ZeroDivisionError: no reason"
+            with pytest.raises(UserError, match=f"^{reason}$"):
+                training.train()
+        else:
+            training.train()
+    assert Failing.evaluations == 2
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    expected = {"sem_seg/mIoU"} | ({"failing/score"} if 2 not in rounds else set())
+    scores = json.loads((tmp_path / "inference" / "metrics.json").read_text())
+    assert scores.keys() & {"sem_seg/mIoU", "failing/score"} == expected
+    logged = (tmp_path / "metrics.json").read_text()
+    assert "sem_seg/mIoU" in logged
+    assert ("failing/score" in logged) == (rounds != [1, 2])
+
+
+@on_cpu
+@pytest.mark.parametrize("called", ["sky", "car"])
+@pytest.mark.parametrize("label_space", ["separated", "full"])
+def test_a_category_called_things_has_scores_of_its_own(
+    training_cfg, tmp_path, called, label_space
+):
+    cfg = training_cfg
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 80, 54  # the dataset's
+    cfg.INPUT.MIN_SIZE_TEST = 32
+    dataset = TinyDataset(tmp_path / "tiny")
+    renamed = [
+        {**c, "name": "things" if c["name"] == called else c["name"]}
+        for c in dataset.panoptic["categories"]
+    ]
+    dataset.panoptic["categories"] = renamed
+    dataset.write()
+    assert check_panoptic_dataset(**dataset.paths()).faults == []
+    with dataset.registered(label_space=label_space) as name:
+        cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (name,)
+        cfg = resolve_config(cfg)
+        training = Trainer(cfg)
+        training.train()
+        (record,) = next(iter(Trainer.build_test_loader(cfg, name)))
+        classes = torch.arange(24 * 32).reshape(24, 32) % cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+        drawing = Visualizer(np.zeros((24, 32, 3), np.uint8), MetadataCatalog.get(name))
+        drawing.draw_sem_seg(classes)
+        model = training.model.eval()
+        with torch.no_grad():
+            drawing.draw_panoptic_seg(*model([record])[0]["panoptic_seg"])
+    scores = json.loads((tmp_path / "inference" / "metrics.json").read_text())
+    names = {c["name"] for c in renamed}
+    assert {k.removeprefix("panoptic_seg/PQ-") for k in scores if "PQ-" in k} == names
+    things = {c["name"] for c in renamed if c["isthing"]}
+    assert {k.removeprefix("bbox/AP-") for k in scores if "bbox/AP-" in k} == things
+    semantic = names
+    if label_space == "separated":
+        semantic = {"sky", "things"} if called == "car" else {"things", "all things"}
+    assert {k.removeprefix("sem_seg/IoU-") for k in scores if "/IoU-" in k} == semantic

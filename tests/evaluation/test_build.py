@@ -27,6 +27,7 @@ DATASET = "evaluation_build_test"
 def config(**keys) -> CfgNode:
     cfg = get_cfg()
     add_panoptic_fpn_config(cfg)
+    cfg.MODEL.META_ARCHITECTURE = "PanopticFPNExt"
     for key, value in keys.items():
         cfg.merge_from_list([key.replace("__", "."), value])
     return cfg

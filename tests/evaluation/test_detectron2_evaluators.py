@@ -31,7 +31,7 @@ OUTPUTS = ["sem_seg", "instances"] + (["panoptic_seg"] if find_spec("panopticapi
 def evaluate(choice: str, dataset_name: str, records, outputs, folder) -> dict[str, float]:
     cfg = get_cfg()
     add_panoptic_fpn_config(cfg)
-    cfg.TEST.EVALUATORS = choice
+    cfg.MODEL.META_ARCHITECTURE, cfg.TEST.EVALUATORS = "PanopticFPNExt", choice
     cfg.MODEL.PANOPTIC_FPN.OUTPUTS = OUTPUTS
     return scores(build_evaluator(cfg, dataset_name, str(folder)), records, outputs)
 

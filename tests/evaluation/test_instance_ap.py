@@ -408,3 +408,77 @@ def test_faults_in_the_json_are_named(tmp_path, change, message):
     path.unlink()
     with pytest.raises(UserError, match=r"instances\.json"):
         evaluate(records, outputs, **arguments)
+
+
+def results_file(folder: Path) -> list[dict]:
+    """The results in a folder that has nothing else of ours."""
+    assert {path.name for path in folder.iterdir()} <= {
+        "coco_instances_results.json",
+        "instances_predictions.pth",  # Detectron2's
+    }
+    return json.loads((folder / "coco_instances_results.json").read_text())
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("with_json", [True, False])
+@pytest.mark.parametrize("masks", [True, False])
+def test_the_file_of_predictions_is_detectron2s(
+    shapes_predictions, shapes_without_json, tmp_path, with_json, masks
+):
+    records, outputs = shapes_predictions
+    outputs[0] = without_predictions(outputs)[0]
+    if not masks:
+        [output["instances"].remove("pred_masks") for output in outputs]
+    name = "shapes_val" if with_json else shapes_without_json
+    ours = InstanceAPEvaluator.from_dataset(name, tmp_path / "a" / "ours")
+    theirs = COCOEvaluator(name, output_dir=str(tmp_path / "theirs"), use_fast_impl=False)
+    for evaluator in (ours, theirs):
+        evaluator.reset()
+        evaluator.process(records, outputs)
+        with contextlib.redirect_stdout(io.StringIO()):
+            evaluator.evaluate()
+    found, expected = results_file(tmp_path / "a" / "ours"), results_file(tmp_path / "theirs")
+    assert len(expected) > 10
+    assert found == expected  # to the last digit; the records are in the order of their ids
+    assert [list(result) for result in found] == [list(result) for result in expected]
+
+
+def test_processes_write_one_file(shapes_predictions, tmp_path, evaluate_in_processes):
+    records, outputs = shapes_predictions
+    parts = [(records[3:], outputs[3:]), (records[:4], outputs[:4])]
+    files = []
+    for folder, share in ((tmp_path / "1", [(records, outputs)]), (tmp_path / "2", parts)):
+        for _ in range(2):  # the second replaces the first
+            evaluate_in_processes(
+                lambda folder=folder: InstanceAPEvaluator.from_dataset("shapes_val", folder), share
+            )
+        files.append((folder / "coco_instances_results.json").read_bytes())
+    assert files[0] == files[1]
+    assert len(json.loads(files[0])) == sum(len(output["instances"]) for output in outputs)
+
+
+def test_a_file_without_predictions(tmp_path):
+    records, outputs, _, _ = in_pngs(np.random.default_rng(3), tmp_path, 2)
+    path = tmp_path / "results.json"
+    evaluate(records, without_predictions(outputs), results_file=path)
+    assert json.loads(path.read_text()) == []
+
+
+def test_ids_of_any_kind_are_written(tmp_path):
+    records, outputs, _, _ = in_pngs(np.random.default_rng(2), tmp_path, 4)
+    renamed = [{**record, "image_id": f'aachen "{record["image_id"]}"'} for record in records]
+    evaluate(renamed, outputs, results_file=tmp_path / "results.json")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {result["image_id"] for result in results} <= {r["image_id"] for r in renamed}
+    assert {result["category_id"] for result in results} == {0, 1, 2}  # no others are known
+
+
+def test_a_class_that_is_no_thing_category_is_not_written(tmp_path):
+    """As stuff in the full label spaces of Detectron2."""
+    records, outputs, _, _ = in_pngs(np.random.default_rng(2), tmp_path, 4)
+    path = tmp_path / "results.json"
+    evaluate(records, outputs, dataset_id_to_contiguous_id={7: 0, 9: 2}, results_file=path)
+    classes = torch.cat([output["instances"].pred_classes for output in outputs])
+    written = [result["category_id"] for result in json.loads(path.read_text())]
+    assert [written.count(k) for k in (7, 9)] == [int((classes == k).sum()) for k in (0, 2)]
+    assert len(written) == int((classes != 1).sum()) < len(classes)

@@ -203,6 +203,25 @@ def test_many_classes(tmp_path):
     assert results["mIoU"] == results["IoU-class 253"] == 100
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.int64, torch.int32, np.float32])
+def test_classes_of_another_model_are_as_good_as_logits(tmp_path, kind):
+    rng = np.random.default_rng(0)
+    records = [
+        write_labels(tmp_path / f"{k}.png", rng.choice([0, 1, 2, 3, 255], (5, 6))) for k in range(3)
+    ]
+    classes = [rng.integers(0, 4, (5, 6)) for _ in records]
+    expected = evaluate(records, [logits_of(c) for c in classes])
+    if kind is np.float32:
+        outputs = [logits_of(c).numpy() for c in classes]
+    elif isinstance(kind, torch.dtype):
+        outputs = [torch.from_numpy(c).to(kind) for c in classes]
+    else:
+        outputs = [c.astype(kind) for c in classes]
+        outputs[0].setflags(write=False)  # as Pillow's are
+    assert evaluate(records, outputs) == expected
+    assert 0 < expected["mIoU"] < 100
+
+
 def test_another_ignore_label(tmp_path):
     gt = np.array([[1, 1, 0, 9]])
     record = write_labels(tmp_path / "a.png", gt)
@@ -271,6 +290,9 @@ def test_from_dataset(tmp_path):
         ([[0, 1]], {"sem_seg": torch.zeros(4, 1, 3)}, r"a\.jpg is 1 x 3.*a\.png is 1 x 2"),
         ([[0, 1]], {"sem_seg": torch.zeros(4, 2, 1)}, r"a\.jpg is 2 x 1.*a\.png is 1 x 2"),
         ([[0, 1]], {"sem_seg": torch.zeros(5, 1, 2)}, r"a\.jpg has 5 .* has 4; set MODEL\.SEM_SEG"),
+        ([[0, 1]], {"sem_seg": np.array([[0, 4]])}, r"a\.jpg has classes 0\.\.4, but .* has 4$"),
+        ([[0, 1]], {"sem_seg": np.array([[-1, 3]])}, r"a\.jpg has classes -1\.\.3, but .* has 4$"),
+        ([[0, 1]], {"sem_seg": np.array([[0, 0, 0]])}, r"a\.jpg is 1 x 3.*a\.png is 1 x 2"),
         ([[0, 1]], {"instances": None}, r"a\.jpg has no sem_seg, only \['instances'\]"),
         ([[0, 4]], {"sem_seg": torch.zeros(4, 1, 2)}, r"a\.png: labels \[4\] are neither"),
     ],

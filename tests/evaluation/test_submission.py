@@ -121,10 +121,24 @@ def test_what_is_written(tmp_path):
     assert np.array_equal(read_panoptic_png(png), [[0, 0, 1, 300]])
 
 
+def test_folders_and_ids_of_every_kind(tmp_path):
+    """Images of one name in two folders; ids that are numbers and strings."""
+    writer = small_writer(tmp_path)
+    for image_id, name in ((2, "images/b/x.jpg"), ("1", "images/a/x.jpg"), (1, "elsewhere/y.jpg")):
+        writer.process([{"file_name": name, "image_id": image_id}], [output_of([[0]], [])])
+    writer.evaluate()
+    folder = extract(tmp_path)
+    written = json.loads((folder / "cityscapes_panoptic_test.json").read_text())["annotations"]
+    names = {entry["image_id"]: entry["file_name"] for entry in written}
+    assert names == {2: "b/x.png", "1": "a/x.png", 1: "y.png"}
+    for name in names.values():
+        assert (folder / "cityscapes_panoptic_test" / name).is_file()
+
+
 def test_mistakes_are_named(tmp_path):
     writer = small_writer(tmp_path)
     for image_id in (1, 2):
-        record = {"file_name": f"{image_id}/a.jpg", "image_id": image_id}
+        record = {"file_name": f"elsewhere/{image_id}/a.jpg", "image_id": image_id}
         writer.process([record], [output_of([[0]], [])])
     with pytest.raises(UserError, match="two images have one name"):
         writer.evaluate()

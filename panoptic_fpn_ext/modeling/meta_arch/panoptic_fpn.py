@@ -24,6 +24,7 @@ from ..acceleration import Acceleration, on_own_gpu, planar
 from ..lean import LeanRPN
 from ..postprocessing import PanopticPostprocessor
 from ..semantic_head import logits_for_postprocessing
+from .ground_truth import ground_truth
 from .padding import padded
 
 TASKS = ("instance", "semantic")
@@ -171,12 +172,12 @@ class PanopticFPNExt(GeneralizedRCNN):
         tasks = self._tasks_of_iteration()
         losses = {}
         if "semantic" in tasks:
-            maps = [x.to(self.device) for x in _targets(batched_inputs, "sem_seg")]
+            maps = [x.to(self.device) for x in ground_truth(batched_inputs, "sem_seg")]
             sem_seg = padded(maps, self.backbone, self.sem_seg_head.ignore_value).tensor
             losses.update(self.sem_seg_head(self._features_for("semantic", features), sem_seg)[1])
         if "instance" in tasks:
             features = self._features_for("instance", features)
-            instances = [x.to(self.device) for x in _targets(batched_inputs, "instances")]
+            instances = [x.to(self.device) for x in ground_truth(batched_inputs, "instances")]
             proposals, proposal_losses = self.proposal_generator(images, features, instances)
             if self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0:
                 self.visualize_training(batched_inputs, proposals)
@@ -273,18 +274,3 @@ def _no_instances(image_size: tuple[int, int], device: torch.device) -> Instance
         pred_classes=torch.zeros(0, dtype=torch.int64, device=device),
         pred_masks=torch.zeros(0, 1, 1, 1, device=device),
     )
-
-
-def _targets(batched_inputs: list[dict[str, Any]], name: str) -> list[Any]:
-    """The ground truth of each image.
-
-    Raises:
-        UserError: an image has none.
-    """
-    for record in batched_inputs:
-        if name not in record:
-            raise UserError(
-                f"{record.get('file_name', 'an image')}: no {name!r} to train on; map records with "
-                "PanopticFPNMapper, or with Detectron2's mapper where they have annotations"
-            )
-    return [record[name] for record in batched_inputs]

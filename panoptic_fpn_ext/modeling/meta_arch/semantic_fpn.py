@@ -11,6 +11,7 @@ from ...config import resolve_config
 from ..acceleration import Acceleration, on_own_gpu
 from ..postprocessing import PanopticPostprocessor
 from ..semantic_head import logits_for_postprocessing
+from .ground_truth import ground_truth
 from .padding import padded
 
 
@@ -53,7 +54,7 @@ class SemanticFPN(SemanticSegmentor):
         """
         images = self.preprocess_image(batched_inputs)
         if self.training:
-            maps = [x["sem_seg"].to(self.device) for x in batched_inputs]
+            maps = [x.to(self.device) for x in ground_truth(batched_inputs, "sem_seg")]
             targets = padded(maps, self.backbone, self.sem_seg_head.ignore_value).tensor
             return self.sem_seg_head(self.backbone(images.tensor), targets)[1]
         with self.acceleration.autocast(self.device):

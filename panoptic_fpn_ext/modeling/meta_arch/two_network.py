@@ -11,6 +11,7 @@ from ...config import resolve_config
 from ...errors import UserError
 from ..acceleration import Acceleration, on_own_gpu, planar
 from ..postprocessing import PanopticPostprocessor
+from .ground_truth import ground_truth
 from .semantic_fpn import SemanticFPN
 
 
@@ -97,6 +98,7 @@ class TwoNetworkPanopticFPN(nn.Module):
     ) -> dict[str, torch.Tensor] | list[dict[str, Any]]:
         """See :meth:`PanopticFPNExt.forward`; in training the losses of both networks."""
         if self.training:
+            ground_truth(batched_inputs, "instances")
             return {
                 **self.instance_network(batched_inputs),
                 **self.semantic_network(batched_inputs),
