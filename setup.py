@@ -42,7 +42,7 @@ setup(
         "faster-coco-eval>=1.6",
         "fvcore>=0.1.5",
         "kornia-rs>=0.2,<0.3",
-        "matplotlib>=3.5",
+        "matplotlib>=3.7",
         "msgspec>=0.19",
         "numpy>=1.23",
         f"{opencv}>=4.5",

@@ -15,7 +15,7 @@ def example() -> str:
 
 
 def test_predicting_and_drawing(example, trained, shapes, tmp_path, monkeypatch):
-    assert len([line for line in example.splitlines() if line]) <= 16
+    assert len([line for line in example.splitlines() if line]) <= 17
     (tmp_path / "output").mkdir()
     (tmp_path / "output" / "quickstart").symlink_to(trained)
     (tmp_path / "datasets").mkdir()

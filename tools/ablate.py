@@ -387,21 +387,22 @@ def write_report(family: Family, runs: list[Run], args: argparse.Namespace) -> s
         f"Base: {', '.join([*bases, *(f'`{key} {value}`' for key, value in options.items())])}. "
         f"Seeds: {', '.join(map(str, args.seeds))}. Each score: mean ± standard deviation.",
     ]
+    plots = {experiment.name: plot(experiment, scores) for experiment in family.experiments}
     for experiment in family.experiments:
         parts += [
             f"## {experiment.title}",
             *([experiment.question] if experiment.question else []),
             table(experiment, scores, len(args.seeds)),
-            f"![{experiment.title}]({experiment.name}.png)",
+            *([f"![{experiment.title}]({experiment.name}.png)"] if plots[experiment.name] else []),
         ]
     report = "\n\n".join(parts) + "\n"
 
     file = args.output / "results.md"
     is_new = not file.exists() or file.read_text(encoding="utf-8") != report
-    for experiment in family.experiments:
-        picture = args.output / f"{experiment.name}.png"
-        if is_new or not picture.exists():
-            plot(experiment, scores).savefig(picture, dpi=120)
+    for name, figure in plots.items():
+        picture = args.output / f"{name}.png"
+        if figure and (is_new or not picture.exists()):
+            figure.savefig(picture, dpi=120)
     if is_new:
         file.write_text(report, encoding="utf-8")
     return report
@@ -430,25 +431,51 @@ def summary(values: list[float]) -> str:
     return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
-def plot(experiment: Experiment, scores: dict[str, list[dict]]) -> Figure:
-    """Each score in a panel of its own: the runs as dots, mean and spread beside them."""
-    columns = experiment.columns
-    figure = Figure(figsize=(1 + 2.8 * len(columns), 3.2), layout="constrained")
-    figure.suptitle(experiment.title, fontsize="medium")
-    panels = figure.subplots(1, len(columns), squeeze=False)[0]
-    for panel, (key, heading) in zip(panels, columns.items(), strict=True):
-        for x, config in enumerate(experiment.rows):
-            if values := _values(scores[config], key):
-                spread = statistics.stdev(values) if len(values) > 1 else 0
-                panel.errorbar(x, statistics.mean(values), spread, fmt="o", capsize=4, color="C0")
-                panel.plot([x + 0.15] * len(values), values, ".", color="C7", markersize=4)
-        panel.set_title(heading, fontsize="small")
+def plot(experiment: Experiment, scores: dict[str, list[dict]]) -> Figure | None:
+    """Each score that there is in a panel of its own: mean and spread, the runs beside them.
+
+    None if there are no scores.
+    """
+    found = {
+        key: [_values(scores[config], key) for config in experiment.rows]
+        for key in experiment.columns
+    }
+    found = {key: rows for key, rows in found.items() if any(rows)}
+    if not found:
+        return None
+    figure = Figure(figsize=(max(5, 1 + 2.8 * len(found)), 3.6), layout="constrained")
+    figure.suptitle(experiment.title, fontsize="medium", wrap=True)
+    handles = {}
+    panels = figure.subplots(1, len(found), squeeze=False)[0]
+    for panel, (key, rows) in zip(panels, found.items(), strict=True):
+        for x, values in enumerate(rows):
+            if len(values) > 1:
+                spread = statistics.stdev(values)
+                handles["mean ± standard deviation"] = panel.errorbar(
+                    x, statistics.mean(values), spread, fmt="o", capsize=4, color="C0"
+                )
+                (handles["a run"],) = panel.plot(
+                    [x + 0.15] * len(values), values, ".", color="C7", markersize=5
+                )
+            elif values:
+                (handles["the only run"],) = panel.plot(
+                    x, *values, "o", color="C0", markerfacecolor="white"
+                )
+        panel.set_title(experiment.columns[key], fontsize="small")
         panel.set_xlim(-0.5, len(experiment.rows) - 0.5)
         labels = list(experiment.rows.values())
         slanted = {"rotation": 30, "ha": "right"} if max(map(len, labels)) > 6 else {}
         panel.set_xticks(range(len(labels)), labels, fontsize="small", **slanted)
         panel.set_xlabel(experiment.axis, fontsize="small")
         panel.grid(axis="y", alpha=0.3)
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=len(handles),
+        fontsize="small",
+        frameon=False,
+    )
     return figure
 
 

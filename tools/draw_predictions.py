@@ -1,92 +1,271 @@
 #!/usr/bin/env python
-"""Draw panoptic predictions beside the ground truth of a registered dataset, into one PNG.
+r"""Draw images of a dataset, what a network predicts for them, and the ground truth, side by side.
 
     python tools/draw_predictions.py --config-file configs/quickstart.yaml \
         --output predictions.png MODEL.WEIGHTS output/quickstart/model_final.pth
+
+A predicted segment that matches a true one (IoU above 0.5, the same category) has its colour.
+Images without annotations are drawn without ground truth.
+
+Exit status: 0 the picture is written, 2 it is not, because of a mistake.
 """
 
 import argparse
+import math
+import os
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
+from typing import Any, NoReturn
 
 import cv2
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import DefaultPredictor
-from detectron2.utils.visualizer import Visualizer
+from detectron2.data.catalog import Metadata
+from detectron2.modeling import build_model
+from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 from panoptic_fpn_ext import UserError
+from panoptic_fpn_ext.config import OUTPUTS
+from panoptic_fpn_ext.data import PanopticFPNMapper
+from panoptic_fpn_ext.data.label_space import thing_sem_seg_ids, with_isthing
+from panoptic_fpn_ext.data.mapper import read_image
 from panoptic_fpn_ext.data.panoptic_png import read_panoptic_png
 from panoptic_fpn_ext.engine import setup
+from panoptic_fpn_ext.engine.checkpoint import PanopticFPNCheckpointer
+from panoptic_fpn_ext.evaluation.common import check_size
+from panoptic_fpn_ext.visualization import agreeing_colors, draw_panoptic, font
 
-GAP = 8  # white pixels between pictures
+FORMATS = (".png", ".jpg", ".jpeg")
+HEADINGS = ("image", "prediction", "ground truth")
+GAP, WIDE_GAP = 6, 24  # white pixels between pictures, and between images in a row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    try:
+        args = parse(arguments)
+        with whole_file(args.output) as unfinished:
+            number = draw(args, unfinished)
+    except UserError as error:
+        print(f"draw_predictions.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ndraw_predictions.py: interrupted; nothing is written", file=sys.stderr)
+        return 130
+    print(f"{number} image{'s' if number > 1 else ''}, drawn to {args.output}")
+    return 0
+
+
+class Parser(argparse.ArgumentParser):
+    """One that says in one line what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="draw_predictions.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    formats = " or ".join(FORMATS)
     parser.add_argument("--config-file", required=True)
-    parser.add_argument("--output", required=True, type=Path, help="the PNG to write")
-    parser.add_argument("--dataset", help="default: the first of DATASETS.TEST")
-    parser.add_argument("--num-images", type=int, default=6)
-    parser.add_argument("--columns", type=int, default=2, help="images in a row")
-    parser.add_argument("--height", type=int, default=320, help="of each picture, in pixels")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
-    args = parser.parse_args()
-    args.eval_only, args.resume = True, False
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="FILE", help=f"what to write, {formats}"
+    )
+    parser.add_argument("--dataset", metavar="NAME", help="default: the first of DATASETS.TEST")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument(
+        "--num-images",
+        type=between(1, 10_000),
+        default=6,
+        metavar="N",
+        help="the first N (default: 6)",
+    )
+    chosen.add_argument("--image-ids", metavar="ID,ID", help="these in place of the first")
+    parser.add_argument(
+        "--columns",
+        type=between(1, 100),
+        default=2,
+        metavar="N",
+        help="images in a row (default: 2)",
+    )
+    parser.add_argument(
+        "--height",
+        type=between(16, 2000),
+        default=200,
+        metavar="PIXELS",
+        help="of each picture (default: 200)",
+    )
+    parser.add_argument(
+        "opts",
+        nargs="*",
+        metavar="KEY VALUE",
+        help="config keys; MODEL.WEIGHTS FILE is the checkpoint",
+    )
+    args = parser.parse_intermixed_args(arguments)
+    if args.output.suffix.lower() not in FORMATS:
+        raise UserError(f"--output {args.output}: its name should end in {formats}")
+    return args
 
-    cfg = setup(args)
-    name = args.dataset or cfg.DATASETS.TEST[0]
-    predictor = DefaultPredictor(cfg)
-    rows = []
-    records = DatasetCatalog.get(name)[: args.num_images]
-    for first in range(0, len(records), args.columns):
-        row = [
-            draw(record, predictor, name, args.height) for record in records[first:][: args.columns]
-        ]
-        rows.append(side_by_side([picture for pair in row for picture in pair]))
-    width = max(row.shape[1] for row in rows)
-    rows = [pad(row, row.shape[0] + GAP, width) for row in rows]
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    cv2.imwrite(str(args.output), np.concatenate(rows))
-    print(f"{len(records)} images, prediction left and ground truth right: {args.output}")
+
+def between(lowest: int, highest: int) -> Callable[[str], int]:
+    """A type of arguments: whole numbers within limits."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or not lowest <= int(text) <= highest:
+            raise argparse.ArgumentTypeError(f"expected {lowest} to {highest}, got {text!r}")
+        return int(text)
+
+    return number
 
 
-def draw(
-    record: dict, predictor: DefaultPredictor, dataset_name: str, height: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Prediction and ground truth of one image, drawn on it: two (H, W, 3) BGR pictures."""
-    image = cv2.imread(record["file_name"])
-    truth = torch.from_numpy(read_panoptic_png(record["pan_seg_file_name"]).astype(np.int32))
-    drawings = []
-    for panoptic_seg, segments_info in (
-        predictor(image)["panoptic_seg"],
-        (truth, record["segments_info"]),
-    ):
-        visualizer = Visualizer(
-            image[:, :, ::-1], MetadataCatalog.get(dataset_name), scale=height / image.shape[0]
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file to write to, which takes the place of ``path`` once it is whole.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    unfinished = path.with_name(f".{path.stem}.unfinished{path.suffix}")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(None, "is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.touch()
+    except OSError as error:
+        raise UserError(f"--output {error.filename or path}: {error.strerror}") from error
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def draw(args: argparse.Namespace, file: Path) -> int:
+    """Write the picture; how many images it shows."""
+    cfg = config(args)
+    name = cfg.DATASETS.TEST[0]
+    records = chosen_records(name, args)
+    model = build_model(cfg).eval()
+    PanopticFPNCheckpointer(model, complete=True).load(cfg.MODEL.WEIGHTS)
+    mapper = PanopticFPNMapper(cfg, is_train=False)
+    examples = []
+    for record in tqdm(records, unit="image", dynamic_ncols=True, disable=len(records) < 20):
+        with torch.no_grad():
+            (output,) = model([mapper(record)])
+        examples.append(
+            pictures(record, output["panoptic_seg"], MetadataCatalog.get(name), args.height)
         )
-        drawing = visualizer.draw_panoptic_seg(panoptic_seg.cpu(), segments_info)
-        drawings.append(drawing.get_image()[:, :, ::-1])
-    return drawings[0], drawings[1]
+    try:
+        sheet(examples, args.columns).save(file, quality=90)
+    except (OSError, ValueError) as error:  # the disk is full, or a format has its limits
+        raise UserError(f"--output {args.output}: cannot be written: {error}") from error
+    return len(examples)
 
 
-def side_by_side(pictures: list[np.ndarray]) -> np.ndarray:
-    height = max(picture.shape[0] for picture in pictures)
-    return np.concatenate([pad(p, height, p.shape[1] + GAP) for p in pictures], axis=1)
+def config(args: argparse.Namespace) -> CfgNode:
+    """The config, with the dataset to draw as the first of ``DATASETS.TEST``.
+
+    Raises:
+        UserError: as :func:`setup`, in the words of this command line; or the network does not give
+            panoptic maps.
+    """
+    # Nothing is evaluated, and so nothing of a dataset is needed for it.
+    wanted = ["MODEL.PANOPTIC_FPN.OUTPUTS", str(OUTPUTS), "TEST.EVALUATORS", "panoptic_fpn_ext"]
+    wanted += ["TEST.SUBMISSION", "True"]
+    if args.dataset:
+        wanted += ["DATASETS.TEST", str((args.dataset,))]
+    opts = args.opts if len(args.opts) % 2 else [*args.opts, *wanted]
+    run = argparse.Namespace(config_file=args.config_file, opts=opts, eval_only=True, resume=False)
+    try:
+        return setup(run)
+    except UserError as error:
+        message = str(error)
+        if "--eval-only" in message:
+            message = "no weights to predict with: add MODEL.WEIGHTS FILE"
+        elif "TEST.SUBMISSION" in message:
+            message = (
+                f"the network of {args.config_file} does not give panoptic maps: "
+                "MODEL.META_ARCHITECTURE PanopticFPNExt does"
+            )
+        raise UserError(message.replace("DATASETS.TEST", "--dataset")) from error
 
 
-def pad(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    """White below and to the right."""
-    missing = ((0, height - picture.shape[0]), (0, width - picture.shape[1]), (0, 0))
-    return np.pad(picture, missing, constant_values=255)
+def chosen_records(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    records = DatasetCatalog.get(name)
+    if not records:
+        raise UserError(f"--dataset {name}: it has no images")
+    if args.image_ids is None:
+        return records[: args.num_images]
+    by_id = {str(record["image_id"]): record for record in records}
+    wanted = args.image_ids.split(",")
+    for image_id in wanted:
+        if image_id not in by_id:
+            raise UserError(
+                f"--image-ids {args.image_ids}: {name} has no image {image_id!r}; ids are "
+                f"{', '.join([*by_id][:3])}{', ...' if len(by_id) > 3 else ''}"
+            )
+    return [by_id[image_id] for image_id in wanted]
+
+
+def pictures(
+    record: dict[str, Any],
+    prediction: tuple[torch.Tensor, list[dict[str, Any]]],
+    metadata: Metadata,
+    height: int,
+) -> list[np.ndarray]:
+    """An image, the prediction and the ground truth, if any: (``height``, W, 3) uint8, RGB."""
+    image = read_image(record, "RGB")
+    scale = height / image.shape[0]
+    size = max(1, round(image.shape[1] * scale)), height
+    shown = [
+        cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+    ]
+    if "pan_seg_file_name" not in record:
+        return [*shown, draw_panoptic(image, *prediction, metadata, scale=scale)]
+    ids = read_panoptic_png(record["pan_seg_file_name"])
+    check_size(record["file_name"], image.shape[:2], record["pan_seg_file_name"], ids.shape)
+    segments = with_isthing(record["segments_info"], thing_sem_seg_ids(metadata))
+    maps = prediction, (ids, segments)
+    for panoptic, colors in zip(maps, agreeing_colors(*maps, metadata), strict=True):
+        shown.append(draw_panoptic(image, *panoptic, metadata, colors=colors, scale=scale))
+    return shown
+
+
+def sheet(examples: Sequence[Sequence[np.ndarray]], columns: int) -> Image.Image:
+    """Pictures of one height in rows, those of ``columns`` images in each, under headings."""
+    number, columns = max(map(len, examples)), min(columns, len(examples))
+    rows = [
+        [picture for example in examples[k : k + columns] for picture in example]
+        for k in range(0, len(examples), columns)
+    ]
+    height = rows[0][0].shape[0]
+    headings, letters = HEADINGS[:number] * columns, font(min(max(height // 16, 12), 32))
+    widths = [
+        max([math.ceil(letters.getlength(heading)), *(row[k].shape[1] for row in rows if row[k:])])
+        for k, heading in enumerate(headings)
+    ]
+    gaps = [GAP if k % number else WIDE_GAP for k in range(1, len(widths))]
+    lefts = [0, *accumulate(map(sum, zip(widths, gaps, strict=False)))]
+    top = sum(letters.getmetrics()) + GAP
+    page = Image.new("RGB", (lefts[-1] + widths[-1], top + len(rows) * (height + GAP)), "white")
+    text = ImageDraw.Draw(page)
+    for left, width, heading in zip(lefts, widths, headings, strict=True):
+        text.text((left + width / 2, 0), heading, fill="black", font=letters, anchor="ma")
+    for k, row in enumerate(rows):
+        for left, width, picture in zip(lefts, widths, row, strict=False):
+            place = left + (width - picture.shape[1]) // 2, top + k * (height + GAP)
+            page.paste(Image.fromarray(picture), place)
+    return page
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"draw_predictions.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main())

@@ -74,6 +74,11 @@ NMS = (0.3, 0.4, 0.5, 0.6, 0.7, 1.0)
 STUFF_AREA_FACTORS = (0, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8, 16)  # of the config's, or of 1024
 
 METRICS = ("PQ", "PQ_th", "PQ_st")
+LINES = {  # of the metrics, in plots; PQ is one of the others where there are only things or stuff
+    "PQ": {"color": "C0", "linewidth": 4, "alpha": 0.5},
+    "PQ of things": {"color": "C1", "marker": "o", "markersize": 4},
+    "PQ of stuff": {"color": "C2", "marker": "s", "markersize": 4},
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -661,21 +666,27 @@ def write(result: Result, output: Path, dataset: str, num_images: int) -> list[P
 
 def draw(result: Result) -> Figure:
     """The qualities against each threshold, the others at their best."""
-    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
     panels = figure.subplots(1, len(result.grid), sharey=True)
     for axis, (panel, values) in enumerate(zip(panels, result.grid, strict=True)):
-        scores = [result.scores(result.varied(axis, i)) for i in range(len(values))]
-        for metric, column in zip(METRICS, zip(*scores, strict=True), strict=True):
-            panel.plot(values, column, "o-", markersize=3, label=metric)
-        panel.axvline(values[result.own[axis]], color="grey", linestyle=":", label="config")
+        # What may coincide differs in width.
+        panel.axvline(values[result.own[axis]], color="lightgrey", linewidth=6, label="config")
         panel.axvline(values[result.best[axis]], color="black", linewidth=0.8, label="best")
+        scores = [result.scores(result.varied(axis, i)) for i in range(len(values))]
+        for (label, style), column in zip(LINES.items(), zip(*scores, strict=True), strict=True):
+            if not all(map(math.isnan, column)):
+                panel.plot(values, column, label=label, **style)
         name = Setting._fields[axis]
         if name == "stuff_area":
-            panel.set_xscale("symlog", linthresh=min((v for v in values if v), default=1))
-            panel.set_xlim(left=0)
+            smallest = min((v for v in values if v), default=1)
+            panel.set_xscale("symlog", linthresh=smallest)
+            panel.set_xlim(left=-smallest / 3)
+            panel.xaxis.set_major_formatter("{x:g}")
         panel.set_xlabel(f"{name}\n{KEYS[axis]}", fontsize="small")
         panel.grid(alpha=0.3)
-    panels[-1].legend(fontsize="small")
+    panels[0].set_ylabel("percent", fontsize="small")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     return figure
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import signal
 import statistics
@@ -15,6 +16,7 @@ from types import ModuleType
 import cv2
 import pytest
 from detectron2.modeling import build_model
+from matplotlib.figure import Figure
 
 from panoptic_fpn_ext.engine import setup
 
@@ -175,6 +177,17 @@ class TestRuns:
         assert tool.main([str(family), "--seeds", "0"], Path("train_net.py")) == 1
         assert "wrote no inference/metrics.json" in capsys.readouterr().err
 
+    def test_without_any_scores_there_is_no_plot(
+        self, tool: ModuleType, family: Path, capsys: pytest.CaptureFixture
+    ) -> None:
+        for name in ("size_2", "size_10"):
+            write(family / f"{name}.yaml", "DOES: fail")
+        assert (
+            tool.main([str(family), "--seeds", "0", "--output", "out"], Path("train_net.py")) == 1
+        )
+        assert not list(Path("out").glob("*.png"))
+        assert ".png" not in Path("out", "results.md").read_text()
+
     @pytest.mark.usefixtures("interruptible")
     @pytest.mark.parametrize("left", ["no scores", "scores of an evaluation during training"])
     def test_what_was_cut_off_is_resumed(self, tool: ModuleType, family: Path, left: str) -> None:
@@ -259,6 +272,51 @@ class TestRuns:
             Path("base.yaml").write_text(base)
             assert tool.main([str(family), "--seeds", "0"], Path("train_net.py")) == 0
             assert Path("made.txt").exists() == made
+
+
+class TestPlots:
+    """Of made-up scores."""
+
+    @staticmethod
+    def plot(tool: ModuleType, **scores: list[dict]) -> Figure | None:
+        experiment = tool.Experiment(
+            "size",
+            "A title that is too long for a single panel, and so has to be broken",
+            columns={"PQ": "PQ", "AP": "mask AP", "mIoU": "mIoU"},
+            rows={"small": "2", "large": "10"},
+        )
+        return tool.plot(experiment, scores)
+
+    def test_only_scores_that_there_are_have_a_panel(self, tool: ModuleType) -> None:
+        figure = self.plot(tool, small=[{"PQ": 40.0, "AP": None}], large=[{"mIoU": 9.0}])
+        assert [panel.get_title() for panel in figure.axes] == ["PQ", "mIoU"]
+
+    def test_without_scores_there_is_none(self, tool: ModuleType) -> None:
+        assert self.plot(tool, small=[{"AP": None}], large=[]) is None
+
+    def test_the_only_run_is_there_once(self, tool: ModuleType) -> None:
+        figure = self.plot(tool, small=[{"PQ": 40.0}], large=[{"PQ": 50.0}, {"PQ": 52.0}])
+        (panel,) = figure.axes
+        points = [point for line in panel.lines for point in zip(*line.get_data(), strict=True)]
+        assert [point for point in points if point[0] < 0.5] == [(0, 40.0)]
+        spread = 2**0.5
+        assert sorted(y for x, y in points if x > 0.5) == pytest.approx(
+            [51 - spread, 50, 51, 52, 51 + spread]
+        )
+
+    def test_title_and_legend_lie_within_and_overlap_nothing(self, tool: ModuleType) -> None:
+        figure = self.plot(tool, small=[{"PQ": 40.0}], large=[{"PQ": 50.0}, {"PQ": 52.0}])
+        figure.draw_without_rendering()
+        (panel,), (legend,) = figure.axes, figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == [
+            *("the only run", "mean ± standard deviation", "a run")
+        ]
+        title = figure._suptitle.get_window_extent()
+        boxes = [panel.get_tightbbox(), legend.get_window_extent(), title]
+        for a, b in itertools.combinations(boxes, 2):
+            assert not a.overlaps(b)
+        for box in boxes:
+            assert box.x0 >= 0 and box.x1 <= figure.bbox.width
 
 
 class TestMistakes:

@@ -206,6 +206,27 @@ class TestResult:
         with pytest.raises(UserError, match="no segments"):
             self.result([[np.nan] * 2] * 3)
 
+    def test_the_plot_hides_nothing(self):
+        """The legend is beside the panels; PQ of things alone, which is PQ, is seen with it."""
+        result = self.result([[47.5, 41], [44, 42], [43, 40]])
+        result.qualities["PQ_st"] = np.full((3, 1, 2, 1), np.nan)
+        figure = tool.draw(result)
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        assert not any(
+            legend.get_window_extent().overlaps(a.get_window_extent()) for a in figure.axes
+        )
+        assert [text.get_text() for text in legend.get_texts()] == [
+            *("config", "best", "PQ", "PQ of things")
+        ]
+        for panel in figure.axes:
+            config, best, pq, things = panel.lines
+            assert config.get_linewidth() > 3 * best.get_linewidth()
+            assert np.array_equal(pq.get_ydata(), things.get_ydata())
+            assert pq.get_linewidth() > 2 * things.get_linewidth()
+            low, high = panel.get_xlim()
+            assert low < min(pq.get_xdata()) and max(pq.get_xdata()) < high
+
 
 class TestCommandLine:
     @pytest.fixture(scope="class")

@@ -1,0 +1,299 @@
+"""Drawing panoptic maps on their images: exact masks, colours that agree, labels that can be read.
+
+Pictures are (H, W, 3) uint8, RGB.
+"""
+
+import colorsys
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import cv2
+import matplotlib
+import numpy as np
+import torch
+from detectron2.data.catalog import Metadata
+from detectron2.utils.colormap import colormap
+from PIL import Image, ImageDraw, ImageFont
+
+from .evaluation.panoptic_maps import joint_counts
+
+Color = tuple[int, int, int]
+Segments = Sequence[Mapping[str, Any]]
+"""``segments_info``: of each segment ``id``, ``category_id`` and ``isthing``, perhaps ``score``."""
+
+OPACITY = 0.6  # of a segment on its image
+OUTLINE = 0.6  # how bright it is, compared with the segment's colour
+_DEFAULT_COLORS = colormap(rgb=True).astype(int).tolist()
+_FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+
+
+def draw_panoptic(
+    image: np.ndarray,
+    panoptic_seg: torch.Tensor | np.ndarray,
+    segments_info: Segments,
+    metadata: Metadata,
+    *,
+    colors: Mapping[int, Color] | None = None,
+    scale: float = 1,
+    labels: bool = True,
+) -> np.ndarray:
+    """Draw each segment on exactly its own pixels; those of no segment stay as they are.
+
+    Args:
+        image: (H, W, 3) uint8, RGB.
+        panoptic_seg: (H, W) integers, segment ids.
+        segments_info: the segments. Ids that are not among them are void.
+        metadata: names and colours of the categories, ``thing_classes``, ``thing_colors``,
+            ``stuff_classes`` and ``stuff_colors``.
+        colors: of the segments, by id; by default :func:`segment_colors`.
+        scale: size of the picture over that of the image.
+        labels: write names, and scores where segments have them. Labels lie within the picture and
+            do not overlap; one for which there is no such place is left out.
+
+    Returns:
+        The picture, (H * scale, W * scale, 3) uint8, RGB.
+    """
+    if colors is None:
+        colors = segment_colors(segments_info, metadata)
+    numbers = _numbers(panoptic_seg, segments_info)
+    if scale != 1:
+        size = tuple(max(1, round(side * scale)) for side in numbers.shape[::-1])
+        image = cv2.resize(
+            image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+        )
+        numbers = cv2.resize(numbers, size, interpolation=cv2.INTER_NEAREST_EXACT)
+
+    paint = np.array([(0, 0, 0), *(colors[s["id"]] for s in segments_info)], np.float32)[numbers]
+    picture = np.where(
+        _outlines(numbers)[..., None], OUTLINE * paint, image + OPACITY * (paint - image)
+    )
+    picture = np.where((numbers > 0)[..., None], np.rint(picture), image).astype(np.uint8)
+    return _with_labels(picture, numbers, segments_info, metadata, colors) if labels else picture
+
+
+def segment_colors(
+    segments_info: Segments,
+    metadata: Metadata,
+    *,
+    given: Mapping[int, Color] | None = None,
+    taken: Collection[Color] = (),
+) -> dict[int, Color]:
+    """The colour of each segment, by its id: that of its category; of things, a shade of it.
+
+    Args:
+        segments_info: the segments.
+        metadata: see :func:`draw_panoptic`. Categories without a colour get one of Detectron2's.
+        given: colours that segments have already.
+        taken: shades that no other thing may have.
+    """
+    colors = dict(given or {})
+    taken = {*taken, *colors.values()}
+    for segment in segments_info:
+        if segment["id"] in colors:
+            continue
+        _, color = _category(segment, metadata)
+        if segment["isthing"]:
+            color = next(shade for shade in _shades(color) if shade not in taken)
+            taken.add(color)
+        colors[segment["id"]] = color
+    return colors
+
+
+def agreeing_colors(
+    prediction: tuple[torch.Tensor | np.ndarray, Segments],
+    truth: tuple[torch.Tensor | np.ndarray, Segments],
+    metadata: Metadata,
+) -> tuple[dict[int, Color], dict[int, Color]]:
+    """Colours for two maps of an image, the same for segments that match.
+
+    They match as for PQ: of one category, their IoU, void left out of the union, above 0.5. No
+    other thing has the colour of one of the truth.
+
+    Args:
+        prediction, truth: (H, W) integers, segment ids, and the segments.
+        metadata: see :func:`draw_panoptic`.
+
+    Returns:
+        Those of the prediction's segments and of the truth's, by id.
+    """
+    true_colors = segment_colors(truth[1], metadata)
+    given = {ours: true_colors[theirs] for ours, theirs in _matches(prediction, truth).items()}
+    colors = segment_colors(prediction[1], metadata, given=given, taken=true_colors.values())
+    return colors, true_colors
+
+
+@lru_cache
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """The font of labels and headings, ``size`` pixels high."""
+    return ImageFont.truetype(str(_FONT), size)
+
+
+def _matches(
+    prediction: tuple[torch.Tensor | np.ndarray, Segments],
+    truth: tuple[torch.Tensor | np.ndarray, Segments],
+) -> dict[int, int]:
+    """The true segment that each predicted one matches, where one does; ids."""
+    ours, theirs = prediction[1], truth[1]
+    shape = len(ours) + 1, len(theirs) + 1
+    pixels = joint_counts(_numbers(*prediction), _numbers(*truth), shape)
+    common = pixels[1:, 1:]
+    union = common.sum(1)[:, None] + pixels[:, 1:].sum(0) - common
+    return {
+        ours[a]["id"]: theirs[b]["id"]
+        for a, b in np.argwhere(2 * common > union).tolist()
+        if _same_category(ours[a], theirs[b]) and not theirs[b].get("iscrowd")
+    }
+
+
+def _same_category(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    return (bool(a["isthing"]), a["category_id"]) == (bool(b["isthing"]), b["category_id"])
+
+
+def _numbers(panoptic_seg: torch.Tensor | np.ndarray, segments_info: Segments) -> np.ndarray:
+    """(H, W) int32: which of the segments, counted from 1, each pixel belongs to; 0 is void."""
+    is_tensor = isinstance(panoptic_seg, torch.Tensor)
+    ids = panoptic_seg.cpu().numpy() if is_tensor else np.asarray(panoptic_seg)
+    values, inverse = np.unique(ids, return_inverse=True)
+    place = {segment["id"]: k for k, segment in enumerate(segments_info, start=1)}
+    table = np.array([place.get(value, 0) for value in values.tolist()], np.int32)
+    return table[inverse].reshape(ids.shape)
+
+
+def _outlines(numbers: np.ndarray) -> np.ndarray:
+    """(H, W) bool: pixels beside one of another segment."""
+    edge = np.zeros(numbers.shape, bool)
+    for a, b in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
+        differ = numbers[a] != numbers[b]
+        edge[a] |= differ
+        edge[b] |= differ
+    return edge
+
+
+# Names and colours
+
+
+def _category(segment: Mapping[str, Any], metadata: Metadata) -> tuple[str, Color]:
+    """Name and colour of a segment's category."""
+    kind, number = "thing" if segment["isthing"] else "stuff", segment["category_id"]
+    names, colors = (metadata.get(f"{kind}_{what}", None) for what in ("classes", "colors"))
+    color = (
+        colors[number]
+        if colors
+        else _DEFAULT_COLORS[(2 * number + (kind == "stuff")) % len(_DEFAULT_COLORS)]
+    )
+    return names[number] if names else f"{kind} {number}", tuple(color)
+
+
+def _shades(color: Color) -> Iterator[Color]:
+    """A colour, and others that look like it but can be told apart; no end of them."""
+    yield color
+    hue, lightness, saturation = colorsys.rgb_to_hls(*(channel / 255 for channel in color))
+    for k in itertools.count(1):
+        turn = 0.012 * ((k + 1) // 2) * (-1) ** k
+        light = 0.25 + (lightness - 0.25 + 0.29 * k) % 0.5
+        rgb = colorsys.hls_to_rgb(hue + turn, light, max(saturation, 0.3))
+        yield tuple(round(255 * channel) for channel in rgb)
+
+
+# Labels
+
+
+def _with_labels(
+    picture: np.ndarray,
+    numbers: np.ndarray,
+    segments_info: Segments,
+    metadata: Metadata,
+    colors: Mapping[int, Color],
+) -> np.ndarray:
+    letters = font(min(max(round(min(numbers.shape) / 30), 11), 24))
+    texts = [_label(segment, metadata) for segment in segments_info]
+    ascent, descent = letters.getmetrics()
+    margin = round(descent / 2) + 1
+    sizes = [
+        (ascent + descent, round(letters.getlength(text)) + 2 * margin) if text else (0, 0)
+        for text in texts
+    ]
+    canvas = Image.fromarray(picture)
+    draw = ImageDraw.Draw(canvas)
+    places = place_labels(numbers, sizes, [bool(s["isthing"]) for s in segments_info])
+    for segment, text, size, place in zip(segments_info, texts, sizes, places, strict=True):
+        if place is None:
+            continue
+        (height, width), (y, x) = size, place
+        color = colors[segment["id"]]
+        is_light = np.dot(color, (0.299, 0.587, 0.114)) > 140
+        draw.rectangle((x, y, x + width - 1, y + height - 1), fill=color)
+        draw.text((x + margin, y), text, fill="black" if is_light else "white", font=letters)
+    return np.asarray(canvas)
+
+
+def _label(segment: Mapping[str, Any], metadata: Metadata) -> str:
+    name, _ = _category(segment, metadata)
+    words = name.split()
+    if segment.get("iscrowd"):
+        words.append("(crowd)")
+    if segment["isthing"] and segment.get("score") is not None:
+        words.append(f"{float(segment['score']):.0%}")
+    return " ".join(words)
+
+
+def place_labels(
+    numbers: np.ndarray, sizes: Sequence[tuple[int, int]], are_things: Sequence[bool]
+) -> list[tuple[int, int] | None]:
+    """Where the labels of N segments go: within the picture, clear of each other.
+
+    A label lies in its segment; that of a thing with too little room lies beside it, and covers as
+    little of all things as can be.
+
+    Args:
+        numbers: (H, W) int32: which segment, counted from 1, each pixel belongs to; 0 is void.
+        sizes: height and width of each label.
+        are_things: whether each segment is a thing.
+
+    Returns:
+        The top left corner of each, (y, x); None where there is no such place.
+    """
+    places: list[tuple[int, int] | None] = [None] * len(sizes)
+    free = np.ones(numbers.shape, bool)
+    things = np.isin(numbers, [k for k, thing in enumerate(are_things, 1) if thing])
+    areas = np.bincount(numbers.ravel(), minlength=len(sizes) + 1)[1:]
+    # Stuff has more room, and so comes last.
+    for k in sorted(range(len(sizes)), key=lambda k: (not are_things[k], -areas[k])):
+        (height, width), area = sizes[k], areas[k]
+        if not area or not height or height > numbers.shape[0] or width > numbers.shape[1]:
+            continue
+        own = numbers == k + 1
+        x0, y0, w, h = cv2.boundingRect(own.astype(np.uint8))
+        room, box = height * width, (height, width)
+        allowed = _sums(free, box) == room
+        inside = _sums(own, box)
+        if are_things[k] and (inside.max() < room or area < 3 * room):
+            center, covered = (y0 + h / 2, x0 + w / 2), _sums(things, box)
+            near = np.zeros_like(allowed)
+            near[max(0, y0 - 2 * height) : y0 + h + height, max(0, x0 - width) : x0 + w] = True
+            allowed &= near
+        else:
+            distance = cv2.distanceTransform(np.pad(own, 1).astype(np.uint8), cv2.DIST_L2, 5)
+            center = np.subtract(np.unravel_index(distance.argmax(), distance.shape), 1)
+            covered = room - inside + _sums(things & ~own, box)
+            allowed &= 2 * inside > room
+        if not allowed.any():
+            continue
+        y, x = np.ogrid[: allowed.shape[0], : allowed.shape[1]]
+        away = np.hypot(y + height / 2 - center[0], x + width / 2 - center[1])
+        cost = np.where(allowed, away + covered * (sum(numbers.shape) / room), np.inf)
+        y, x = map(int, np.unravel_index(cost.argmin(), cost.shape))
+        free[y : y + height, x : x + width] = False
+        places[k] = y, x
+    return places
+
+
+def _sums(mask: np.ndarray, box: tuple[int, int]) -> np.ndarray:
+    """The pixels of a mask (H, W) in a box (h, w) at each place: (H - h + 1, W - w + 1) int32."""
+    height, width = box
+    integral = cv2.integral(mask.astype(np.uint8))
+    rows = integral[height:] - integral[:-height]
+    return rows[:, width:] - rows[:, :-width]
