@@ -118,6 +118,10 @@ def add_panoptic_fpn_config(cfg: CfgNode) -> None:
     # and Cityscapes take, whenever a dataset is evaluated.
     cfg.TEST.SUBMISSION = False
 
+    # Only ways of computing that give the same bits each time, on CPUs; on GPUs where PyTorch has
+    # them. With SEED a run can be repeated then.
+    cfg.DETERMINISTIC = False
+
     # "SGD" (Detectron2's own) or "ADAMW"; both read the other SOLVER keys.
     cfg.SOLVER.OPTIMIZER = "SGD"
 
@@ -317,6 +321,7 @@ _CONDITIONS: dict[str, tuple[Callable[[CfgNode], bool], str]] = {
     "MODEL.PANOPTIC_FPN.COMBINE.NMS_THRESH": _with_architecture(*MERGING_ARCHITECTURES),
     "MODEL.TWO_NETWORK.INSTANCE_WEIGHTS": _with_architecture("TwoNetworkPanopticFPN"),
     "MODEL.TWO_NETWORK.SEMANTIC_WEIGHTS": _with_architecture("TwoNetworkPanopticFPN"),
+    "DETERMINISTIC": (lambda cfg: cfg.SEED >= 0, "SEED 0 or more"),
     "TEST.KEYPOINT_OKS_SIGMAS": (
         lambda cfg: cfg.TEST.EVALUATORS == "detectron2",
         "TEST.EVALUATORS detectron2",

@@ -247,6 +247,10 @@ def _records(
             "sem_seg_file_name": sem_seg_file_name(png, segments_info, classes_of_things),
         }
     _expect(bool(records), "no annotations")
+    if without := len(sizes) - len(records):
+        logger.warning(
+            "%s: left out %d images without an annotation", metadata.panoptic_json, without
+        )
     return list(records.values())
 
 

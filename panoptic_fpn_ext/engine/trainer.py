@@ -4,18 +4,15 @@ import json
 import logging
 import os
 import weakref
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import (
-    build_detection_test_loader,
-    build_detection_train_loader,
-    get_detection_dataset_dicts,
-)
+from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
+from detectron2.data.build import _train_loader_from_config
 from detectron2.engine import DefaultTrainer, HookBase, defaults, hooks
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import build_model
@@ -25,6 +22,7 @@ from torch import nn
 
 from ..data import PanopticFPNMapper
 from ..data.label_space import with_isthing
+from ..data.training_batches import TrainingBatches, same_random_state, seed_everything
 from ..errors import UserError
 from ..evaluation import EvaluationUserError, IndependentEvaluators, build_evaluator
 from .checkpoint import PanopticFPNCheckpointer
@@ -57,6 +55,7 @@ class Trainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode) -> None:
         self._evaluation_error: EvaluationUserError | None = None
+        self._seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         # Detectron2's constructor wants a GPU in several processes, and leaves no method to
         # override where it makes the model data parallel.
         alternate = cfg.MODEL.PANOPTIC_FPN.TRAINING == "alternate"
@@ -81,6 +80,40 @@ class Trainer(DefaultTrainer):
         place = next(i for i, hook in enumerate(built) if isinstance(hook, hooks.EvalHook))
         built[place] = hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self._test_and_go_on)
         return [*built[:place], StopOnSignal(), *built[place:]]
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """As Detectron2's; a resumed training gets the images that it would have got."""
+        super().resume_or_load(resume)
+        batches = self._trainer.data_loader
+        if isinstance(batches, TrainingBatches):
+            batches.seed, batches.start = self._seed, self.start_iter
+
+    def run_step(self) -> None:
+        # What is random in an iteration follows from its number: nothing has to be saved of it.
+        seed_everything(self._seed, self.iter, comm.get_rank())
+        super().run_step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "order": self._order()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        order = state_dict.get("order", {})
+        self._seed = order.get("seed", self._seed)
+        if order != self._order():
+            logger.warning(
+                "The training began with %s; now it is %s: the order of the images is a new one",
+                order or "an order that is not known",
+                self._order(),
+            )
+
+    def _order(self) -> dict[str, int]:
+        """What the order of the images follows from, beside the dataset."""
+        return {
+            "seed": self._seed,
+            "images": self.cfg.SOLVER.IMS_PER_BATCH,
+            "processes": comm.get_world_size(),
+        }
 
     def _test_and_go_on(self) -> dict[str, Any]:
         self._evaluation_error = None
@@ -162,11 +195,9 @@ class Trainer(DefaultTrainer):
         return optimizer
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> Any:
+    def build_train_loader(cls, cfg: CfgNode) -> TrainingBatches:
+        """The batches of ``DATASETS.TRAIN``, in the order of ``DATALOADER.SAMPLER_TRAIN``."""
         mapper = PanopticFPNMapper(cfg, is_train=True)
-        if cfg.DATALOADER.SAMPLER_TRAIN != "RepeatFactorTrainingSampler":
-            return build_detection_train_loader(cfg, mapper=mapper)
-        # Detectron2's sampler counts annotations, which records of panoptic PNGs alone lack.
         keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
         records = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN,
@@ -181,9 +212,23 @@ class Trainer(DefaultTrainer):
             segments = with_isthing(record.get("segments_info", ()), mapper.thing_sem_seg_ids)
             return [segment for segment in segments if segment["isthing"]]
 
-        counted = [{"annotations": instances(record), "record": record} for record in records]
-        return build_detection_train_loader(
-            cfg, dataset=counted, mapper=lambda item: mapper(item["record"])
+        # Detectron2 counts annotations, which records of panoptic PNGs alone lack.
+        is_counted = cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler"
+        counted = [{"annotations": instances(r)} for r in records] if is_counted else records
+
+        def sampler(seed: int) -> Iterable[int]:
+            # Detectron2 draws its samplers' seeds.
+            with same_random_state():
+                seed_everything(seed)
+                return _train_loader_from_config(cfg, mapper, dataset=counted)["sampler"]
+
+        return TrainingBatches(
+            records,
+            mapper,
+            sampler,
+            batch_size=cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
+            aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
         )
 
     @classmethod
@@ -208,11 +253,7 @@ class Trainer(DefaultTrainer):
         """
         if evaluators is None:
             evaluators = [cls.build_evaluator(cfg, name) for name in cfg.DATASETS.TEST]
-        # Loaders draw a seed and transforms a size from the random state of training.
-        numpy_state = np.random.get_state()
-        with torch.random.fork_rng(devices=()):
-            results = super().test(cfg, model, evaluators)
-        np.random.set_state(numpy_state)
+        results = super().test(cfg, model, evaluators)
         if results and comm.is_main_process():
             folder = os.path.join(cfg.OUTPUT_DIR, "inference")
             os.makedirs(folder, exist_ok=True)

@@ -276,6 +276,7 @@ class InstanceAPEvaluator(ImageEvaluator[ImageInstances]):
         names = {k: self._class_names[place] for k, place in to_contiguous.items()}
         raise_first(instances_faults(content, source=source, things=names, images=sizes))
         annotations: dict[Hashable, list[dict[str, Any]]] = {image_id: [] for image_id in images}
+        without_area = 0
         for annotation in content["annotations"]:
             if annotation["image_id"] not in annotations:
                 continue
@@ -291,7 +292,10 @@ class InstanceAPEvaluator(ImageEvaluator[ImageInstances]):
                 instance["segmentation"] = mask
             if "area" not in annotation:
                 instance["area"] = _area(instance, sizes[image_id])
+                without_area += 1
             annotations[image_id].append(instance)
+        if without_area:
+            logger.info(f"{source}: {without_area} annotations say no area; their masks' is taken")
         return annotations
 
     def _average_precisions(

@@ -241,10 +241,11 @@ def test_things_are_told_from_stuff_where_segments_do_not_say(training_cfg, monk
     cfg.DATALOADER.REPEAT_THRESHOLD = 1.0
     classes = ["sky", "car", "grass", "ship"]
     segments = [[{"category_id": c} for c in ids] for ids in ([0, 1], [1], [1, 2], [1, 3])]
-    records = [{"image_id": k, "segments_info": infos} for k, infos in enumerate(segments)]
-    monkeypatch.setattr(
-        PanopticFPNMapper, "__call__", lambda self, record: {**record, "height": 1, "width": 1}
-    )
+    records = [
+        {"image_id": k, "segments_info": infos, "height": 1, "width": 1}
+        for k, infos in enumerate(segments)
+    ]
+    monkeypatch.setattr(PanopticFPNMapper, "__call__", lambda self, record: record)
     cfg.DATASETS.TRAIN = ("shared_range",)
     metadata = MetadataCatalog.get("shared_range")
     metadata.set(thing_classes=classes, stuff_classes=classes)

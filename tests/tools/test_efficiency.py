@@ -83,7 +83,22 @@ def result(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     assert "dilation-16" in done.stdout
     assert files[1].read_bytes().startswith(b"\x89PNG")
-    return json.loads(files[0].read_text())
+    return {**json.loads(files[0].read_text()), "printed": done.stdout}
+
+
+def test_the_page_has_the_tables_that_are_printed(result):
+    page = (ROOT / "docs" / "EFFICIENCY.md").read_text()
+    rows = [line for line in result["printed"].splitlines() if line.startswith("|")]
+    assert len(rows) > 15
+    assert [row for row in rows if row not in page] == []
+
+
+def test_the_page_has_the_ratios_of_resnet_50(tool):
+    costs = tool.compare_backbones(50, (1024, 2048))
+    names = "dilation_16", "symmetric", "dilation_8"
+    ratios = [costs[n]["multiply_adds"] / costs["fpn"]["multiply_adds"] for n in names]
+    page = " ".join((ROOT / "docs" / "EFFICIENCY.md").read_text().split())
+    assert "{:.2f}, {:.2f} and {:.2f} in multiply-adds.".format(*ratios) in page
 
 
 def test_holds_what_the_paper_found(result):
