@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from operator import itemgetter
 from pathlib import Path
 
 import cv2
@@ -72,6 +73,12 @@ def test_eval_only_repeats_the_scores_in_any_number_of_processes(
     assert run.returncode == 0, run.stderr[-3000:]
     assert scores(tmp_path) == scores(trained)
     assert "Results verification passed" in run.stdout
+    found, expected = (
+        json.loads((folder / "inference" / "coco_instances_results.json").read_text())
+        for folder in (tmp_path, trained)
+    )
+    keys = itemgetter("image_id", "category_id")
+    assert [*map(keys, found)] == [*map(keys, expected)] != []
 
 
 def test_training_needs_no_validation_set(shapes, tmp_path):

@@ -1,7 +1,7 @@
 """Several evaluators at once, of which one that fails costs the others nothing."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
@@ -39,36 +39,30 @@ class IndependentEvaluators(DatasetEvaluators):
 
     def reset(self) -> None:
         self._failures = {}
-        for number in range(len(self._evaluators)):
-            self._call(number, "reset")
+        for number, evaluator in enumerate(self._evaluators):
+            self._guarded(number, evaluator.reset)
 
     def process(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-        for number in range(len(self._evaluators)):
-            self._call(number, "process", inputs, outputs)
+        for number, evaluator in enumerate(self._evaluators):
+            self._guarded(number, evaluator.process, inputs, outputs)
 
     def evaluate(self) -> dict[str, Any]:
         """The results of the evaluators that did not fail; in the main process alone, as theirs."""
         self._agree()
         results: dict[str, Any] = {}
-        for number in range(len(self._evaluators)):
-            result = self._call(number, "evaluate")
-            if result is None or not comm.is_main_process():
-                continue
-            if taken := results.keys() & result.keys():
-                self._fail(number, UserError(f"another evaluator has results of {min(taken)} too"))
-            else:
-                results.update(result)
+        for number, evaluator in enumerate(self._evaluators):
+            self._guarded(number, _add_results, evaluator, results)
         self._agree()
         return results
 
-    def _call(self, number: int, method: str, *arguments: Any) -> Any:
+    def _guarded(self, number: int, function: Callable[..., None], *arguments: Any) -> None:
+        """Call it, if the evaluator of that number did not fail yet."""
         if number in self._failures:
-            return None
+            return
         try:
-            return getattr(self._evaluators[number], method)(*arguments)
+            function(*arguments)
         except Exception as error:
             self._fail(number, error)
-            return None
 
     def _fail(self, number: int, error: Exception) -> None:
         expected = isinstance(error, UserError)  # its line says all
@@ -82,3 +76,13 @@ class IndependentEvaluators(DatasetEvaluators):
     def _agree(self) -> None:
         for failures in reversed(comm.all_gather(self._failures)):
             self._failures = {**self._failures, **failures}  # the first process's line, if any
+
+
+def _add_results(evaluator: DatasetEvaluator, results: dict[str, Any]) -> None:
+    """Evaluate, and in the main process add the results to those of others."""
+    found = evaluator.evaluate()
+    if found is None or not comm.is_main_process():
+        return
+    if taken := results.keys() & found.keys():
+        raise UserError(f"another evaluator has results of {min(taken)} too")
+    results.update(found)

@@ -107,6 +107,15 @@ def test_of_two_with_one_key_the_first_is_kept():
     assert evaluators.failures == ["Counter: another evaluator has results of counter too"]
 
 
+def test_results_that_are_none_are_a_failure():
+    number = DatasetEvaluator()
+    number.evaluate = lambda: 3.0
+    evaluators = IndependentEvaluators([number, Counter(), DatasetEvaluator()])
+    assert evaluate(evaluators, 1) == {"counter": {"sum": 1}}
+    (failure,) = evaluators.failures
+    assert failure.startswith("DatasetEvaluator: AttributeError: 'float' object has no attribute")
+
+
 class Gatherer(Failing):
     """Its processes meet, as those of Detectron2's evaluators, unless it failed before."""
 

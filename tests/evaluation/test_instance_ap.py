@@ -457,6 +457,18 @@ def test_processes_write_one_file(shapes_predictions, tmp_path, evaluate_in_proc
     assert len(json.loads(files[0])) == sum(len(output["instances"]) for output in outputs)
 
 
+def test_a_file_is_replaced_by_a_whole_one_alone(tmp_path):
+    records, outputs, _, _ = in_pngs(np.random.default_rng(2), tmp_path, 3)
+    path = tmp_path / "results.json"
+    evaluate(records, outputs, results_file=path)
+    before = path.read_bytes()
+    assert json.loads(before)
+    unwritable = [{**record, "image_id": complex(k)} for k, record in enumerate(records[:1])]
+    with pytest.raises(TypeError, match="complex"):
+        evaluate(unwritable, outputs[:1], results_file=path)
+    assert path.read_bytes() == before
+
+
 def test_a_file_without_predictions(tmp_path):
     records, outputs, _, _ = in_pngs(np.random.default_rng(3), tmp_path, 2)
     path = tmp_path / "results.json"
