@@ -90,7 +90,8 @@ class TrainingBatches:
             num_workers=self._num_workers,
             collate_fn=_itself,
         )
-        images = iter(loader)
+        with same_random_state():  # it draws a seed
+            images = iter(loader)
         while True:
             yield list(islice(images, self._batch_size))
 
@@ -130,8 +131,9 @@ class _Seeded(Dataset):
 
     def __getitem__(self, place: Place) -> Any:
         index, number = place
-        seed_everything(self._seed, number)
-        return self._dataset[index]
+        with same_random_state():  # in the process that trains, the model's
+            seed_everything(self._seed, number)
+            return self._dataset[index]
 
 
 class _Once:
