@@ -148,7 +148,7 @@ MENDS = (
         "detectron2/__init__.py",
         r"^setup_environment\(\)$",
         "import warnings\n\n"
-        'warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)\n'
+        'warnings.filterwarnings("ignore", "`torch.jit.script` is", FutureWarning)\n'
         r"\g<0>",
         "PyTorch warns of torch.jit.script, which importing fvcore and this package calls",
     ),
