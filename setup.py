@@ -35,7 +35,7 @@ setup(
     description="Panoptic FPN for Detectron2: training and evaluation on any panoptic dataset",
     license="Apache-2.0",
     packages=find_packages(include=["panoptic_fpn_ext", "panoptic_fpn_ext.*"]),
-    python_requires=">=3.10,<3.13",
+    python_requires=">=3.10,<3.15",
     install_requires=[
         "cityscapesscripts>=2.2",
         "detectron2>=0.6",

@@ -39,8 +39,8 @@ PIP_SHA256 = "71138adf1f4ca900cdb7d289c21b7494329f2332b6d85f0e1c42108c0384ed3e"
 PIP_REFUSES_FROM = (26, 3)
 
 # The number after "pure" counts revisions of what is below; an older one is replaced.
-VERSION = "0.6+pure.1"
-PYTHONS = ((3, 10), (3, 12))  # the oldest and the newest
+VERSION = "0.6+pure.2"
+PYTHONS = ((3, 10), (3, 14))  # the oldest and the newest
 DISK_SPACE = 100 * 2**20  # bytes
 
 # Module: package. pip runs the sdist's setup.py for its name, and that imports torch; Detectron2
@@ -148,7 +148,7 @@ MENDS = (
         "detectron2/__init__.py",
         r"^setup_environment\(\)$",
         "import warnings\n\n"
-        'warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)\n'
+        'warnings.filterwarnings("ignore", "`torch.jit.script` is", FutureWarning)\n'
         r"\g<0>",
         "PyTorch warns of torch.jit.script, which importing fvcore and this package calls",
     ),
@@ -196,7 +196,7 @@ build-backend = "setuptools.build_meta"
 name = "detectron2"
 version = "{VERSION}"
 description = "Detectron2 v0.6 without its compiled operators, mended for today's PyTorch."
-requires-python = ">=3.10,<3.13"
+requires-python = ">=3.10,<3.15"
 dependencies = [
     "cloudpickle",
     "fvcore>=0.1.5,<0.1.6",

@@ -139,7 +139,8 @@ def download(packages: dict[str, str], wheels: Path, python: str) -> None:
             (built,) = wheels.glob(f"{name.replace('-', '?')}-*.whl")
             if not built.name.endswith("-none-any.whl"):
                 raise InstallError(
-                    f"{sdist} has no wheel for Python {python}, and is not pure Python."
+                    f"{sdist} has no wheel for Python {python}, and is not pure Python: run this "
+                    f"in an environment of Python {python} (`make env PYTHON=...`)."
                 ) from error
         else:
             return

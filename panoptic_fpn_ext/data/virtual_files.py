@@ -19,9 +19,18 @@ INSTANCES_PREFIX = "panoptic-instances://"
 VOID = 255
 
 
+class VirtualName(str):
+    """One that is opened here: a process that gets it in a record imports this module by that.
+
+    From Python 3.14 on loaders start their processes afresh, with nothing registered.
+    """
+
+    __slots__ = ()
+
+
 def sem_seg_file_name(
     png: str, segments_info: Iterable[Mapping[str, Any]], thing_sem_seg_ids: Mapping[int, int]
-) -> str:
+) -> VirtualName:
     """A name for the semantic map of a panoptic PNG, which says how to make it.
 
     Args:
@@ -33,7 +42,7 @@ def sem_seg_file_name(
         f"{s['id']}={thing_sem_seg_ids[s['category_id']] if s['isthing'] else s['category_id']}"
         for s in segments_info
     )
-    return f"{SEM_SEG_PREFIX}{classes}/{png}"
+    return VirtualName(f"{SEM_SEG_PREFIX}{classes}/{png}")
 
 
 class SemSegHandler(PathHandler):

@@ -1,5 +1,9 @@
 """What Detectron2's own mapper reads of our datasets, with nothing converted on disk."""
 
+import pickle
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +19,7 @@ from panoptic_fpn_ext import PanopticFPNMapper, UserError
 from panoptic_fpn_ext.data.panoptic_png import write_panoptic_png
 from panoptic_fpn_ext.data.virtual_files import sem_seg_file_name
 
+from ..conftest import REPOSITORY
 from .test_targets import random_panoptic
 from .tiny_dataset import TinyDataset
 
@@ -46,6 +51,25 @@ def test_a_segment_that_the_json_lacks_is_one_line_that_names_the_png(tmp_path):
     name = sem_seg_file_name(f"{tmp_path}/1.png", [], {})
     with pytest.raises(UserError, match=r"/1\.png: segment id 7 is not in segments_info"):
         PathManager.open(name, "rb")
+
+
+def test_a_name_in_a_record_is_opened_by_a_process_that_was_started_afresh(tmp_path):
+    write_panoptic_png(tmp_path / "1.png", np.full((2, 3), 7))
+    segments_info = [{"id": 7, "category_id": 4, "isthing": False}]
+    record = {"sem_seg_file_name": sem_seg_file_name(f"{tmp_path}/1.png", segments_info, {})}
+    program = """if True:
+        import pickle, sys
+        from detectron2.utils.file_io import PathManager
+        record = pickle.load(sys.stdin.buffer)
+        sys.stdout.buffer.write(PathManager.open(record["sem_seg_file_name"], "rb").read())
+        """
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=REPOSITORY,
+        input=pickle.dumps(record),
+        capture_output=True,
+    )
+    assert done.stdout.endswith(b"\4" * 6), done.stderr
 
 
 @pytest.mark.parametrize("label_space", ["separated", "full"])

@@ -49,14 +49,20 @@ def test_equals_detectron2(seed, grid, stride, padding, size, values):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the size in bytes of the largest tensor that an operator returns."""
+    """Notes the size in bytes of the largest tensor that an operator makes."""
 
     size = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
+        given = [
+            t.untyped_storage().data_ptr() for t in tree_leaves(args) if isinstance(t, torch.Tensor)
+        ]
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
+            if (
+                isinstance(tensor, torch.Tensor)
+                and tensor.untyped_storage().data_ptr() not in given
+            ):
                 self.size = max(self.size, tensor.numel() * tensor.element_size())
         return result
 

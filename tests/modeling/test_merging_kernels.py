@@ -262,6 +262,7 @@ def test_a_gpu_merges_at_once_with_one_wait_in_bounded_memory(recwarn):
 
 
 COMPILE = """
+from inspect import signature
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -282,12 +283,13 @@ for module in (kernels, mask_bits, merging_kernels):
         if name.endswith("_kernel"):
             threshold = "*fp64" if name == "_keep_kernel" else "fp32"
             types = TYPES | dict.fromkeys(CONSTANTS, "constexpr") | {"threshold": threshold}
-            names = kernel.arg_names
-            source = ASTSource(
-                fn=kernel,
-                signature={n: types.get(n, "i32") for n in names},
-                constexprs={(names.index(n),): v for n, v in CONSTANTS.items() if n in names},
-            )
+            kinds = {n: types.get(n, "i32") for n in kernel.arg_names}
+            constants = {i: CONSTANTS[n] for i, n in enumerate(kinds) if n in CONSTANTS}
+            if "constexprs" in signature(ASTSource).parameters:
+                source = ASTSource(kernel, kinds, {(i,): v for i, v in constants.items()})
+            else:  # PyTorch 2.4 has such a Triton
+                kinds = {i: kind for i, kind in enumerate(kinds.values()) if i not in constants}
+                source = ASTSource(kernel, kinds, constants)
             assert "cubin" in compile(source, target=GPUTarget("cuda", 90, 32)).asm
             print(name)
 """

@@ -372,8 +372,8 @@ class TestRefusals:
     def test_python(
         self, tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     ) -> None:
-        monkeypatch.setattr(tool.sys, "version_info", (3, 13, 0))
-        assert "Python 3.10 to 3.12 is needed" in fails_with(tool, capsys)
+        monkeypatch.setattr(tool.sys, "version_info", (3, 15, 0))
+        assert "Python 3.10 to 3.14 is needed" in fails_with(tool, capsys)
 
     def test_missing_packages(
         self, tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
