@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import weakref
 from collections.abc import Iterable
 from functools import partial
@@ -140,14 +141,25 @@ class Trainer(DefaultTrainer):
         try:
             results = super().train()
         except FloatingPointError as error:
+            losses = re.findall(r"'(loss_\w+)': (?:np.float64\()?([\w.+-]+)", str(error))
             raise UserError(
-                f"the loss is infinite or nan at iteration {self.iter}: lower SOLVER.BASE_LR "
-                f"{self.cfg.SOLVER.BASE_LR}, lengthen SOLVER.WARMUP_ITERS, or set "
+                f"the loss is infinite or nan at iteration {self.iter}: "
+                f"{', '.join(f'{name} {float(value):.3g}' for name, value in losses)}, of "
+                f"{', '.join(self._images_of_iteration())} (seed {self._seed}); lower "
+                f"SOLVER.BASE_LR {self.cfg.SOLVER.BASE_LR}, lengthen SOLVER.WARMUP_ITERS, or set "
                 "SOLVER.CLIP_GRADIENTS.ENABLED True"
             ) from error
         if self._evaluation_error:
             raise self._evaluation_error
         return results
+
+    def _images_of_iteration(self) -> list[str]:
+        """The files of the batch of this process."""
+        batches = self._trainer.data_loader
+        if not isinstance(batches, TrainingBatches):
+            return ["images that are not known"]
+        batches.start = self.iter
+        return [image.get("file_name", "an image") for image in next(iter(batches))]
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:

@@ -274,6 +274,27 @@ def test_a_resumed_training_ends_with_the_bits_of_one_that_was_not(
 
 
 @on_cpu
+def test_a_loss_that_is_no_number_is_told_with_its_images(training_cfg, monkeypatch):
+    cfg = training_cfg
+    cfg.SOLVER.MAX_ITER, cfg.SEED = 5, 3
+    trainer = Trainer(cfg)
+    seen, forward = [], trainer.model.forward
+
+    def spoiled(batch):
+        seen.append([image["file_name"] for image in batch])
+        losses = forward(batch)
+        return {**losses, "loss_cls": losses["loss_cls"] * (math.nan if len(seen) == 3 else 1)}
+
+    monkeypatch.setattr(trainer.model, "forward", spoiled)
+    with pytest.raises(
+        UserError, match=r"nan at iteration 2: .*loss_cls nan, .*lower SOLVER.BASE"
+    ) as e:
+        trainer.train()
+    assert ", of " + ", ".join(seen[2]) + " (seed 3)" in str(e.value)
+    assert "\n" not in str(e.value) and len(seen) == 3
+
+
+@on_cpu
 def test_a_new_order_is_said(training_cfg, caplog):
     cfg = training_cfg
     cfg.SOLVER.MAX_ITER = 3
