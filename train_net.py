@@ -18,8 +18,14 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from panoptic_fpn_ext.data import register_datasets_of_config
-from panoptic_fpn_ext.engine import Interrupted, Trainer, launch, run_folder, setup
-from panoptic_fpn_ext.engine.checkpoint import PanopticFPNCheckpointer
+from panoptic_fpn_ext.engine import (
+    Interrupted,
+    Trainer,
+    launch,
+    run_folder,
+    setup,
+    trained_model,
+)
 
 
 def main(args: argparse.Namespace, cfg: CfgNode) -> None:
@@ -27,9 +33,7 @@ def main(args: argparse.Namespace, cfg: CfgNode) -> None:
     run_folder.prepare_process(cfg, args)
     register_datasets_of_config(cfg)
     if args.eval_only:
-        model = Trainer.build_model(cfg)
-        checkpointer = PanopticFPNCheckpointer(model, cfg.OUTPUT_DIR, complete=True)
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        model = trained_model(cfg, resume=args.resume)
         run_folder.write_config(cfg, Path(cfg.OUTPUT_DIR, "inference"))
         results = Trainer.test(cfg, model)
         if comm.is_main_process():

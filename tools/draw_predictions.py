@@ -23,21 +23,17 @@ from typing import Any, NoReturn
 import cv2
 import numpy as np
 import torch
-from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
-from detectron2.modeling import build_model
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from panoptic_fpn_ext import UserError
-from panoptic_fpn_ext.config import OUTPUTS
 from panoptic_fpn_ext.data import PanopticFPNMapper
 from panoptic_fpn_ext.data.label_space import thing_sem_seg_ids, with_isthing
 from panoptic_fpn_ext.data.mapper import read_image
 from panoptic_fpn_ext.data.panoptic_png import read_panoptic_png
-from panoptic_fpn_ext.engine import setup
-from panoptic_fpn_ext.engine.checkpoint import PanopticFPNCheckpointer
+from panoptic_fpn_ext.engine import setup_prediction, trained_model
 from panoptic_fpn_ext.evaluation.common import check_size
 from panoptic_fpn_ext.visualization import agreeing_colors, draw_panoptic, font
 
@@ -151,11 +147,12 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 def draw(args: argparse.Namespace, file: Path) -> int:
     """Write the picture; how many images it shows."""
-    cfg = config(args)
+    cfg = setup_prediction(args.config_file, args.opts, dataset=args.dataset)
+    cfg.defrost()
+    cfg.MODEL.PANOPTIC_FPN.OUTPUTS = ["panoptic_seg"]
     name = cfg.DATASETS.TEST[0]
     records = chosen_records(name, args)
-    model = build_model(cfg).eval()
-    PanopticFPNCheckpointer(model, complete=True).load(cfg.MODEL.WEIGHTS)
+    model = trained_model(cfg)
     mapper = PanopticFPNMapper(cfg, is_train=False)
     examples = []
     for record in tqdm(records, unit="image", dynamic_ncols=True, disable=len(records) < 20):
@@ -169,34 +166,6 @@ def draw(args: argparse.Namespace, file: Path) -> int:
     except (OSError, ValueError) as error:  # the disk is full, or a format has its limits
         raise UserError(f"--output {args.output}: cannot be written: {error}") from error
     return len(examples)
-
-
-def config(args: argparse.Namespace) -> CfgNode:
-    """The config, with the dataset to draw as the first of ``DATASETS.TEST``.
-
-    Raises:
-        UserError: as :func:`setup`, in the words of this command line; or the network does not give
-            panoptic maps.
-    """
-    # Nothing is evaluated, and so nothing of a dataset is needed for it.
-    wanted = ["MODEL.PANOPTIC_FPN.OUTPUTS", str(OUTPUTS), "TEST.EVALUATORS", "panoptic_fpn_ext"]
-    wanted += ["TEST.SUBMISSION", "True"]
-    if args.dataset:
-        wanted += ["DATASETS.TEST", str((args.dataset,))]
-    opts = args.opts if len(args.opts) % 2 else [*args.opts, *wanted]
-    run = argparse.Namespace(config_file=args.config_file, opts=opts, eval_only=True, resume=False)
-    try:
-        return setup(run)
-    except UserError as error:
-        message = str(error)
-        if "--eval-only" in message:
-            message = "no weights to predict with: add MODEL.WEIGHTS FILE"
-        elif "TEST.SUBMISSION" in message:
-            message = (
-                f"the network of {args.config_file} does not give panoptic maps: "
-                "MODEL.META_ARCHITECTURE PanopticFPNExt does"
-            )
-        raise UserError(message.replace("DATASETS.TEST", "--dataset")) from error
 
 
 def chosen_records(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -32,7 +32,6 @@ import torch
 import yaml
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
-from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.file_io import PathManager
 from matplotlib.figure import Figure
@@ -42,8 +41,7 @@ from tqdm import tqdm
 
 from panoptic_fpn_ext.data import PanopticFPNMapper
 from panoptic_fpn_ext.data.panoptic_png import read_panoptic_png
-from panoptic_fpn_ext.engine import setup
-from panoptic_fpn_ext.engine.checkpoint import PanopticFPNCheckpointer
+from panoptic_fpn_ext.engine import setup_prediction, trained_model
 from panoptic_fpn_ext.evaluation.panoptic_matching import (
     Category,
     CategoryMatches,
@@ -111,7 +109,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     values.add_argument("--stuff-area", help="pixels; smaller stuff regions are left void")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
     args = parser.parse_args(arguments)
-    args.eval_only, args.resume = True, False
     return args
 
 
@@ -119,12 +116,7 @@ def tune(args: argparse.Namespace) -> None:
     for option in ("limit", "workers"):
         if (number := getattr(args, option)) is not None and number < 1:
             raise UserError(f"--{option} {number}: must be at least 1")
-    cfg = setup(args)
-    if "panoptic_seg" not in cfg.MODEL.PANOPTIC_FPN.OUTPUTS:
-        raise UserError(
-            f"MODEL.PANOPTIC_FPN.OUTPUTS {cfg.MODEL.PANOPTIC_FPN.OUTPUTS} of "
-            f"{cfg.MODEL.META_ARCHITECTURE}: without panoptic_seg nothing is merged"
-        )
+    cfg = setup_prediction(args.config_file, args.opts)
     own = setting_of(cfg)
     grid = read_grid(args, own, lowest_score=cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST)
     dataset = cfg.DATASETS.TEST[0]
@@ -356,8 +348,7 @@ def keep_raw_outputs(
     cfg.defrost()
     instances = ["instances"] if cfg.MODEL.ROI_HEADS.NUM_CLASSES else []  # only stuff has none
     cfg.MODEL.PANOPTIC_FPN.OUTPUTS = ["sem_seg", *instances]
-    model = build_model(cfg).eval()
-    PanopticFPNCheckpointer(model, complete=True).load(cfg.MODEL.WEIGHTS)
+    model = trained_model(cfg)
     loader = build_detection_test_loader(
         [record for record, _ in todo],
         mapper=PanopticFPNMapper(cfg, is_train=False),

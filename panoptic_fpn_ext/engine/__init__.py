@@ -1,8 +1,9 @@
 """Training and evaluation: configuration from the command line, processes, the trainer."""
 
+from .checkpoint import trained_model
 from .interruption import Interrupted
 from .launch import launch
-from .setup import setup
+from .setup import setup, setup_prediction
 from .trainer import Trainer
 
-__all__ = ["Interrupted", "Trainer", "launch", "setup"]
+__all__ = ["Interrupted", "Trainer", "launch", "setup", "setup_prediction", "trained_model"]

@@ -5,6 +5,8 @@ import re
 from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
 from torch import nn
 
 from ..errors import UserError
@@ -116,6 +118,22 @@ class PanopticFPNCheckpointer(DetectionCheckpointer):
                 f"{self._path}: lacks {len(missing)} of the model's {len(parameters)} parameters, "
                 f"{missing[0]} first: is the config the one it was trained with?"
             )
+
+
+def trained_model(cfg: CfgNode, *, resume: bool = False) -> nn.Module:
+    """The model of a config with all its weights, for inference.
+
+    Args:
+        cfg: its ``MODEL.WEIGHTS`` are loaded,
+        resume: or, if there is one, the last checkpoint of its ``OUTPUT_DIR``.
+
+    Raises:
+        UserError: see :meth:`PanopticFPNCheckpointer.load`.
+    """
+    model = build_model(cfg).eval()
+    checkpointer = PanopticFPNCheckpointer(model, cfg.OUTPUT_DIR, complete=True)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    return model
 
 
 def _is_backbone(checkpoint: dict[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 
-from ..config import add_panoptic_fpn_config, resolve_config
+from ..config import OUTPUTS, add_panoptic_fpn_config, resolve_config
 from ..data import register_datasets_of_config
 from ..data.category_lines import first_difference
 from ..data.records import check_files
@@ -35,25 +35,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         UserError: a missing config, dataset or checkpoint, an unknown key, a value of the wrong
             type.
     """
-    cfg = get_cfg()
-    add_panoptic_fpn_config(cfg)
-    if not args.config_file:
-        raise UserError("--config-file is needed, for instance configs/quickstart.yaml")
-    if not os.path.isfile(args.config_file):
-        raise UserError(f"--config-file {args.config_file}: no such file")
-    if flags := [option for option in args.opts if option.startswith("--")]:
-        raise UserError(f"{flags[0]} after KEY VALUE pairs: it has to come before them")
-    if len(args.opts) % 2:
-        raise UserError(f"options come as pairs KEY VALUE, got: {' '.join(args.opts)}")
-    _merge(cfg, args.config_file, lambda: cfg.merge_from_file(args.config_file))
-    _merge(cfg, "the command line", lambda: cfg.merge_from_list(args.opts))
-
-    if cfg.MODEL.META_ARCHITECTURE not in META_ARCH_REGISTRY:
-        raise UserError(
-            f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r} is not registered"
-            f"{_did_you_mean(cfg.MODEL.META_ARCHITECTURE, [k for k, _ in META_ARCH_REGISTRY])}"
-        )
-    register_datasets_of_config(cfg)
+    cfg = _read(args.config_file, args.opts)
     if args.eval_only or cfg.DATASETS.TEST:
         _check_datasets(cfg.DATASETS.TEST, "DATASETS.TEST")
     else:
@@ -62,8 +44,6 @@ def setup(args: argparse.Namespace) -> CfgNode:
         _check_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
         optimizer_named(cfg.SOLVER.OPTIMIZER)
     weights = cfg.MODEL.WEIGHTS
-    if weights and "://" not in weights and not os.path.isfile(weights):
-        raise UserError(f"MODEL.WEIGHTS {weights}: no such file")
     if args.eval_only and not weights and not args.resume:
         raise UserError("--eval-only needs weights: MODEL.WEIGHTS FILE, or --resume")
     checkpoint = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
@@ -72,7 +52,6 @@ def setup(args: argparse.Namespace) -> CfgNode:
             f"--eval-only --resume: OUTPUT_DIR {cfg.OUTPUT_DIR} has no checkpoint; to evaluate a "
             "file, MODEL.WEIGHTS FILE without --resume"
         )
-    _choose_device(cfg, args.opts)
     if cfg.SOLVER.AMP.ENABLED and not args.eval_only and not cfg.MODEL.DEVICE.startswith("cuda"):
         raise UserError("SOLVER.AMP.ENABLED needs a GPU: set it to False")
     _check_batch(cfg, args)
@@ -91,6 +70,62 @@ def setup(args: argparse.Namespace) -> CfgNode:
             check_files(DatasetCatalog.get(name), name)
     check_writable(cfg.OUTPUT_DIR)
     cfg.freeze()
+    return cfg
+
+
+def setup_prediction(config_file: str, opts: list[str], *, dataset: str | None = None) -> CfgNode:
+    """The frozen config of a trained network that gives panoptic maps, of which nothing is scored.
+
+    Args:
+        config_file: of the network.
+        opts: options KEY VALUE; ``MODEL.PANOPTIC_FPN.OUTPUTS`` is left to the caller.
+        dataset: what to predict on in place of the first of ``DATASETS.TEST``.
+
+    Raises:
+        UserError: as :func:`setup`; also a network that gives no panoptic maps.
+    """
+    cfg = _read(config_file, opts)
+    if dataset:
+        cfg.DATASETS.TEST = (dataset,)
+    _check_datasets(cfg.DATASETS.TEST, "--dataset" if dataset else "DATASETS.TEST")
+    if not cfg.MODEL.WEIGHTS:
+        raise UserError("no weights to predict with: add MODEL.WEIGHTS FILE")
+    cfg.MODEL.PANOPTIC_FPN.OUTPUTS = list(OUTPUTS)
+    cfg = resolve_config(cfg)
+    if "panoptic_seg" not in cfg.MODEL.PANOPTIC_FPN.OUTPUTS:
+        raise UserError(
+            f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} does not give panoptic maps: "
+            "PanopticFPNExt does"
+        )
+    _check_trained_classes(cfg, os.path.dirname(cfg.MODEL.WEIGHTS))
+    cfg.freeze()
+    return cfg
+
+
+def _read(config_file: str, opts: list[str]) -> CfgNode:
+    """A config from a file and options KEY VALUE, its datasets registered."""
+    cfg = get_cfg()
+    add_panoptic_fpn_config(cfg)
+    if not config_file:
+        raise UserError("--config-file is needed, for instance configs/quickstart.yaml")
+    if not os.path.isfile(config_file):
+        raise UserError(f"--config-file {config_file}: no such file")
+    if flags := [option for option in opts if option.startswith("--")]:
+        raise UserError(f"{flags[0]} after KEY VALUE pairs: it has to come before them")
+    if len(opts) % 2:
+        raise UserError(f"options come as pairs KEY VALUE, got: {' '.join(opts)}")
+    _merge(cfg, config_file, lambda: cfg.merge_from_file(config_file))
+    _merge(cfg, "the command line", lambda: cfg.merge_from_list(opts))
+    architecture, weights = cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.WEIGHTS
+    if architecture not in META_ARCH_REGISTRY:
+        raise UserError(
+            f"MODEL.META_ARCHITECTURE {architecture!r} is not registered"
+            f"{_did_you_mean(architecture, [k for k, _ in META_ARCH_REGISTRY])}"
+        )
+    if weights and "://" not in weights and not os.path.isfile(weights):
+        raise UserError(f"MODEL.WEIGHTS {weights}: no such file")
+    _choose_device(cfg, opts)
+    register_datasets_of_config(cfg)
     return cfg
 
 

@@ -162,7 +162,7 @@ class TestMistakes:
             (["MODEL.WEIGHTS", ""], "no weights to predict with: add MODEL.WEIGHTS FILE"),
             (["MODEL.WEIGHTS", "README.md"], "README.md: not a checkpoint"),
             (["MODEL.META_ARCHITECTURE", "SemanticFPN"], "does not give panoptic maps"),
-            (["DATASETS.TEST", "()"], "--dataset is empty: name a dataset"),
+            (["DATASETS.TEST", "()"], "DATASETS.TEST is empty: name a dataset"),
         ],
     )
     def test_of_the_command_line(self, options, tmp_path, capsys, arguments, message) -> None:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from panoptic_fpn_ext import PanopticQualityEvaluator, UserError
 from panoptic_fpn_ext.data.panoptic_png import read_panoptic_png, write_panoptic_png
-from panoptic_fpn_ext.engine import setup
+from panoptic_fpn_ext.engine import setup_prediction
 from panoptic_fpn_ext.modeling import merge_panoptic
 
 from ..conftest import CONFIG, REPOSITORY, SMALL, train_net
@@ -313,7 +313,8 @@ class TestCommandLine:
         records = tool.panoptic_records("shapes_val")
 
         def name(*options: str) -> str:
-            return tool.fingerprint(setup(tool.parse([*arguments, *options])), records)
+            args = tool.parse([*arguments, *options])
+            return tool.fingerprint(setup_prediction(args.config_file, args.opts), records)
 
         assert name() == name(f"{PREFIX}.OVERLAP_THRESH", "0.9", "OUTPUT_DIR", "elsewhere")
         others = [
