@@ -427,9 +427,10 @@ KEYS = {
 
 def test_every_key_of_the_extension_is_in_the_table():
     theirs = flat(get_cfg())
-    on_gpus = {"MODEL.ACCELERATION.CUDA_GRAPHS"}  # tests/modeling/test_fixed_part.py
-    filled_in = {"MODEL.CATEGORIES", "MODEL.LABEL_SPACE"}  # above
-    assert {key for key in flat(config()) if key not in theirs} <= KEYS.keys() | on_gpus | filled_in
+    elsewhere = {"MODEL.CATEGORIES", "MODEL.LABEL_SPACE"}  # above
+    elsewhere |= {"MODEL.ACCELERATION.CUDA_GRAPHS"}  # tests/modeling/test_fixed_part.py
+    elsewhere |= {"DETERMINISTIC"}  # tests/engine/test_run_folder.py
+    assert {key for key in flat(config()) if key not in theirs} <= KEYS.keys() | elsewhere
     assert {"float32", "bfloat16"} <= PRECISIONS.keys()
 
 

@@ -4,14 +4,17 @@ import argparse
 import io
 import logging
 import multiprocessing
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from detectron2.config import get_cfg
 
 from panoptic_fpn_ext import UserError, add_panoptic_fpn_config
+from panoptic_fpn_ext.config import resolve_config
 from panoptic_fpn_ext.engine import run_folder
 
 from ..conftest import CONFIG, SMALL, train_net
@@ -113,9 +116,30 @@ def test_only_what_is_worth_reading_is_on_the_terminal(tmp_path, monkeypatch):
         assert line in file
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_only_deterministic_runs_choose_ways_of_computing(tmp_path, monkeypatch, deterministic):
+    calls = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda on, **_: calls.append(on))
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(run_folder, "setup_logger", lambda *_, name: logging.getLogger(name))
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    cfg = config(tmp_path)
+    cfg.SEED, cfg.CUDNN_BENCHMARK, cfg.DETERMINISTIC = 1, True, deterministic
+    run_folder.prepare_process(cfg, argparse.Namespace(eval_only=False))
+    assert calls == [True] * deterministic
+    assert torch.backends.cudnn.benchmark is not deterministic
+
+
+def test_deterministic_runs_have_a_seed(tmp_path):
+    cfg = config(tmp_path)
+    cfg.DETERMINISTIC = True
+    with pytest.raises(UserError, match="DETERMINISTIC True has no effect without SEED"):
+        resolve_config(cfg)
+
+
 @pytest.mark.slow
 def test_a_refused_run_and_an_evaluation_leave_the_config_alone(train, tmp_path):
-    trained = train("cpu")
+    trained = shutil.copytree(train("cpu"), tmp_path / "trained")
     files = [path for path in trained.iterdir() if path.is_file() and path.name != "log.txt"]
     before = {path: path.read_bytes() for path in files}
     again = ("--config-file", CONFIG, *SMALL, "OUTPUT_DIR", trained)
