@@ -133,7 +133,7 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 def same(one: Any, other: Any) -> bool:
     if torch.is_tensor(one) and torch.is_tensor(other):
         return torch.equal(one, other)
-    return one == other
+    return type(one) is type(other) and one == other
 
 
 if __name__ == "__main__":
