@@ -1,13 +1,12 @@
 """The benchmark, on images small enough for a test."""
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 
-from ..conftest import REPOSITORY
+from ..conftest import QUIET, REPOSITORY
 
 SMALL = ["--threads", 1, "--backbone", "R18", "--sizes", "96x128", "--rounds", 1]
 
@@ -16,7 +15,7 @@ def benchmark(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "tools/benchmark", *map(str, arguments)],
         cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        env={**QUIET, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
     )

@@ -1,17 +1,16 @@
 """The command line of the dataset check."""
 
 import json
-import os
 import subprocess
 import sys
 
-from ..conftest import REPOSITORY
+from ..conftest import QUIET, REPOSITORY
 from ..data.test_checks import NUM_IMAGES, plant_twenty
 from ..data.tiny_dataset import TinyDataset
 
 
 def check_dataset(*arguments) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    environment = {**QUIET, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     return subprocess.run(
         [sys.executable, "tools/check_dataset.py", *map(str, arguments)],
         cwd=REPOSITORY,
