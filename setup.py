@@ -49,6 +49,7 @@ setup(
         "pillow>=9.1",
         "pycocotools>=2.0.6",
         "pyyaml>=5.1",
+        "safetensors>=0.4",
         "tabulate>=0.8",
         "torch>=2.4",
         "torchvision>=0.19",

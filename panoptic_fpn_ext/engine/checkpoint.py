@@ -3,6 +3,7 @@
 import os
 import re
 from typing import Any
+from urllib.parse import parse_qs
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
@@ -10,6 +11,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from ..errors import UserError
+from .checkpoint_files import read_checkpoint
 
 # Where class counts show: pattern of the parameter, classes of a first dimension, kind, key.
 _CLASSIFIERS = (
@@ -56,14 +58,15 @@ class PanopticFPNCheckpointer(DetectionCheckpointer):
         self._always_complete = complete
         self._backbone_suffices = backbone_suffices
         self._complete, self._path = complete, ""
+        self._parsed_url_during_load = None
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """As Detectron2's.
 
         Raises:
-            UserError: no such file, or one that is no checkpoint; or, if the checkpoint has to be
-                complete or the training state is loaded too, one that lacks parameters or has
-                others' shapes.
+            UserError: no such file, one that is no checkpoint or asks for more than weights, or
+                weights that are infinite or nan; or, if the checkpoint has to be complete or the
+                training state is loaded too, one that lacks parameters or has others' shapes.
         """
         resumes = bool(self.checkpointables) and checkpointables != []
         self._complete, self._path = self._always_complete or resumes, path
@@ -76,20 +79,23 @@ class PanopticFPNCheckpointer(DetectionCheckpointer):
             raise UserError(
                 f"{path}: cannot be fetched ({reason}); fetch it elsewhere, and give the file"
             ) from error
+        self._parsed_url_during_load = None  # Detectron2's, which an error leaves as it is
         return super().load(path, checkpointables)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        try:
-            content = super()._load_file(filename)
-            self._convert_ndarray_to_tensor(content["model"])  # raises if there are other things
-            return content
-        except Exception as error:  # unpickling raises whatever it likes on other files
-            reason = str(error).strip().partition("\n")[0]
-            raise UserError(
-                f"{self._path}: not a checkpoint, or damaged ({reason}); copy it again"
-            ) from error
+        content = read_checkpoint(filename, self._path)
+        if author := content.get("__author__"):
+            self.logger.info(f"Reading a file from '{author}'")
+        # On Detectron2's main branch FILE?matching_heuristics=True is a path.
+        url = self._parsed_url_during_load
+        if url and parse_qs(url.query).get("matching_heuristics") == ["True"]:
+            content["matching_heuristics"] = True
+        return content
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        for name, value in checkpoint["model"].items():
+            if value.is_floating_point() and not value.isfinite().all():
+                raise UserError(f"{self._path}: {name} is infinite or nan; use an earlier one")
         may_lack = not self._complete or (self._backbone_suffices and _is_backbone(checkpoint))
         incompatible = super()._load_model(checkpoint)
         classes = _differing_classes(incompatible.incorrect_shapes)

@@ -114,7 +114,8 @@ def _read(config_file: str, opts: list[str]) -> CfgNode:
         raise UserError(f"{flags[0]} after KEY VALUE pairs: it has to come before them")
     if len(opts) % 2:
         raise UserError(f"options come as pairs KEY VALUE, got: {' '.join(opts)}")
-    _merge(cfg, config_file, lambda: cfg.merge_from_file(config_file))
+    # By default Detectron2 runs what a config says in Python tags.
+    _merge(cfg, config_file, lambda: cfg.merge_from_file(config_file, allow_unsafe=False))
     _merge(cfg, "the command line", lambda: cfg.merge_from_list(opts))
     architecture, weights = cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.WEIGHTS
     if architecture not in META_ARCH_REGISTRY:
