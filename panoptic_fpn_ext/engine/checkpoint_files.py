@@ -110,8 +110,8 @@ def read_checkpoint(path: str, name: str = "") -> dict[str, Any]:
                 raise ValueError(f"{key} is of type {type(value).__name__}")
     except _Refused as refusal:
         raise UserError(
-            f"{name}: asks for {_line(refusal)}, which weights have no need of; nothing of it was run. "
-            "If you trust the file: docs/RELIABILITY.md"
+            f"{name}: asks for {_line(refusal)}, which weights have no need of; nothing of it was "
+            "run (docs/RELIABILITY.md)"
         ) from None
     except Exception as error:  # unpickling raises whatever it likes on other files
         raise DamagedCheckpoint(
