@@ -1,17 +1,19 @@
-"""Loading checkpoints that may be another model's: what does not fit is said, not skipped."""
+"""Checkpoints: whole files, safely read; what does not fit the model is said, not skipped."""
 
 import os
 import re
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
 from ..errors import UserError
-from .checkpoint_files import read_checkpoint
+from .checkpoint_files import DamagedCheckpoint, read_checkpoint, whole_file
 
 # Where class counts show: pattern of the parameter, classes of a first dimension, kind, key.
 _CLASSIFIERS = (
@@ -34,7 +36,9 @@ class PanopticFPNCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, which says clearly what of a checkpoint does not fit the model.
 
     Fine-tuning from a checkpoint with other classes is a warning; evaluating with it, and resuming
-    from it, an error.
+    from it, an error. Nothing that a file holds is run. A checkpoint is there whole or not at all,
+    and one that got damaged since is not what a training ends with: that goes on from the one
+    before.
     """
 
     def __init__(
@@ -59,6 +63,71 @@ class PanopticFPNCheckpointer(DetectionCheckpointer):
         self._backbone_suffices = backbone_suffices
         self._complete, self._path = complete, ""
         self._parsed_url_during_load = None
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """As Detectron2's.
+
+        Raises:
+            UserError: it cannot be written; the checkpoints before are as they were.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        for leftover in Path(self.save_dir).glob("*.pth.partial"):  # of a process that was killed
+            leftover.unlink(missing_ok=True)
+        states = {key: value.state_dict() for key, value in self.checkpointables.items()}
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info(f"Saving checkpoint to {path}")
+        with whole_file(path) as file:
+            torch.save({"model": self.model.state_dict(), **states, **kwargs}, file)
+        self.tag_last_checkpoint(f"{name}.pth")
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        with whole_file(os.path.join(self.save_dir, "last_checkpoint")) as file:
+            file.write(last_filename_basename.encode())
+
+    def get_checkpoint_file(self) -> str:
+        try:
+            name = Path(self.save_dir, "last_checkpoint").read_text(errors="replace").strip()
+        except OSError:
+            return ""
+        return os.path.join(self.save_dir, name)
+
+    def has_checkpoint(self) -> bool:
+        return super().has_checkpoint() or bool(self._files())
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """As Detectron2's; from the newest checkpoint that is whole.
+
+        Raises:
+            UserError: none is whole; or see :meth:`load`.
+        """
+        if not resume or not self.has_checkpoint():
+            return self.load(path, checkpointables=[])
+        last = self.get_checkpoint_file()
+        try:
+            if os.path.isfile(last):
+                return self.load(last)
+            self.logger.warning(
+                f"{self.save_dir}/last_checkpoint: there is no {last or 'such file'}"
+            )
+        except DamagedCheckpoint as error:
+            self.logger.warning(str(error))
+        others = [path for path in self._files() if path != last]
+        for other in sorted(others, key=_iteration, reverse=True):
+            try:
+                loaded = self.load(other)
+            except DamagedCheckpoint as error:
+                self.logger.warning(str(error))
+            else:
+                self.logger.warning(f"Going on from {other}, the newest checkpoint that is whole")
+                return loaded
+        raise UserError(
+            f"OUTPUT_DIR {self.save_dir}: none of its checkpoints is whole; --overwrite begins anew"
+        )
+
+    def _files(self) -> list[str]:
+        """The files of checkpoints in the folder."""
+        return [str(path) for path in Path(self.save_dir).glob("model_*.pth") if self.save_dir]
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """As Detectron2's.
@@ -140,6 +209,16 @@ def trained_model(cfg: CfgNode, *, resume: bool = False) -> nn.Module:
     checkpointer = PanopticFPNCheckpointer(model, cfg.OUTPUT_DIR, complete=True)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     return model
+
+
+def _iteration(path: str) -> int:
+    """After which a checkpoint was saved; -1 if it is damaged."""
+    if number := re.search(r"model_(\d+)\.pth$", path):
+        return int(number[1])
+    try:
+        return read_checkpoint(path).get("iteration", -1)
+    except UserError:
+        return -1
 
 
 def _is_backbone(checkpoint: dict[str, Any]) -> bool:

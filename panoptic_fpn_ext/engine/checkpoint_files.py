@@ -13,8 +13,9 @@ import re
 import tarfile
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -180,3 +181,55 @@ _READERS = {
     ".pyth": _read_pycls,
     ".safetensors": _read_safetensors,
 }
+
+
+class _Writer:
+    """A file for PyTorch, which in C++ has no use for an exception: it is kept, not raised."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        try:
+            return self._file.write(content)
+        except OSError as error:
+            self.error = self.error or error
+            return len(content)
+
+    def flush(self) -> None:
+        pass
+
+
+@contextmanager
+def whole_file(path: str) -> Iterator[_Writer]:
+    """A file to write, which takes its place, whole and on the disk, when the block is left.
+
+    Raises:
+        UserError: it cannot be written; what was there before is there still.
+    """
+    partial = f"{path}.partial"
+    try:
+        with open(partial, "wb") as file:
+            writer = _Writer(file)
+            yield writer
+            if writer.error:
+                raise writer.error
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException as error:
+        with suppress(OSError):
+            os.unlink(partial)
+        if isinstance(error, OSError):
+            raise UserError(
+                f"{path}: cannot be written ({error.strerror}); what was saved before is there "
+                "still: put that right, and --resume goes on"
+            ) from error
+        raise
+    with suppress(OSError):  # not every file system can
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

@@ -99,7 +99,7 @@ def owned(folder: str | os.PathLike, *, resume: bool, overwrite: bool) -> Iterat
             raise UserError(
                 f"OUTPUT_DIR {folder}: another training is running there; choose another"
             ) from error
-        if not (resume or overwrite) and _found(folder, CHECKPOINTS):
+        if not (resume or overwrite) and checkpoints_in(folder):
             raise UserError(
                 f"OUTPUT_DIR {folder} has a training: go on with it by --resume, replace it by "
                 "--overwrite, or choose another"
@@ -107,6 +107,11 @@ def owned(folder: str | os.PathLike, *, resume: bool, overwrite: bool) -> Iterat
         yield
     finally:
         os.close(descriptor)
+
+
+def checkpoints_in(folder: str | os.PathLike) -> list[Path]:
+    """The checkpoints of a training, and the file that names the last."""
+    return _found(folder, CHECKPOINTS)
 
 
 def files_of_training(folder: str | os.PathLike) -> list[Path]:

@@ -19,7 +19,7 @@ from ..data.category_lines import first_difference
 from ..data.records import check_files
 from ..errors import UserError
 from ..evaluation import evaluator_builders
-from .run_folder import check_writable
+from .run_folder import check_writable, checkpoints_in
 from .trainer import optimizer_named
 
 logger = logging.getLogger(__name__)
@@ -46,8 +46,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     weights = cfg.MODEL.WEIGHTS
     if args.eval_only and not weights and not args.resume:
         raise UserError("--eval-only needs weights: MODEL.WEIGHTS FILE, or --resume")
-    checkpoint = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
-    if args.eval_only and args.resume and not os.path.isfile(checkpoint):
+    if args.eval_only and args.resume and not checkpoints_in(cfg.OUTPUT_DIR):
         raise UserError(
             f"--eval-only --resume: OUTPUT_DIR {cfg.OUTPUT_DIR} has no checkpoint; to evaluate a "
             "file, MODEL.WEIGHTS FILE without --resume"

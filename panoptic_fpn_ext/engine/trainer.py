@@ -1,5 +1,6 @@
 """Detectron2's trainer, for panoptic datasets and for machines without a GPU."""
 
+import errno
 import json
 import logging
 import os
@@ -134,12 +135,16 @@ class Trainer(DefaultTrainer):
         """As Detectron2's.
 
         Raises:
-            UserError: the losses grew beyond all bounds; or, when all is done, an evaluator failed
-                in the last evaluation.
+            UserError: the losses grew beyond all bounds; the disk is full; or, when all is done, an
+                evaluator failed in the last evaluation.
             Interrupted: see :class:`StopOnSignal`.
         """
         try:
             results = super().train()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise UserError(f"OUTPUT_DIR {self.cfg.OUTPUT_DIR}: {error.strerror}") from error
         except FloatingPointError as error:
             losses = re.findall(r"'(loss_\w+)': (?:np.float64\()?([\w.+-]+)", str(error))
             raise UserError(
