@@ -5,7 +5,10 @@ and the number of the batch; how an image is augmented, from the seed and its pl
 """
 
 import functools
+import os
 import random
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -89,6 +92,7 @@ class TrainingBatches:
             batch_size=None,
             num_workers=self._num_workers,
             collate_fn=_itself,
+            worker_init_fn=functools.partial(_leave_signals, os.getpid()),
         )
         with same_random_state():  # it draws a seed
             images = iter(loader)
@@ -144,6 +148,19 @@ class _Once:
 
     def __iter__(self) -> Iterator[Place]:
         return self._iterator
+
+
+def _leave_signals(main_process: int, _: int) -> None:
+    """What stops a training stops its main process, which needs this one until it says so."""
+    signals = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+
+    def wait() -> None:
+        while signal.sigwaitinfo(signals).si_pid != main_process:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _itself(item: Any) -> Any:

@@ -2,8 +2,16 @@
 
 from .checkpoint import trained_model
 from .interruption import Interrupted
-from .launch import launch
+from .launch import choose_processes, launch
 from .setup import setup, setup_prediction
 from .trainer import Trainer
 
-__all__ = ["Interrupted", "Trainer", "launch", "setup", "setup_prediction", "trained_model"]
+__all__ = [
+    "Interrupted",
+    "Trainer",
+    "choose_processes",
+    "launch",
+    "setup",
+    "setup_prediction",
+    "trained_model",
+]

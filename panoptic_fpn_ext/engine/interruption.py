@@ -3,6 +3,7 @@
 import logging
 import signal
 import threading
+import time
 from types import FrameType
 
 import torch
@@ -11,6 +12,8 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, and what schedulers send
+ECHO = 3.0
+"""Seconds: a terminal sends to all processes, and the one that watches them passes it on at once."""
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +32,7 @@ class Interrupted(Exception):
 class StopOnSignal(HookBase):
     """Finishes the iteration when a signal comes, saves a checkpoint, and stops all processes.
 
-    The second signal of a kind does what it does elsewhere.
+    The second signal of a kind, after :data:`ECHO`, does what it does elsewhere.
 
     Raises:
         Interrupted: after the iteration in which a process got a signal.
@@ -37,6 +40,7 @@ class StopOnSignal(HookBase):
 
     def __init__(self) -> None:
         self._received = 0
+        self._received_at = 0.0
         self._handlers = {}
 
     def before_train(self) -> None:
@@ -60,9 +64,12 @@ class StopOnSignal(HookBase):
         )
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
-        self._received = signum
-        signal.signal(signum, self._handlers.pop(signum))
-        logger.warning("%s: stopping after this iteration", signal.Signals(signum).name)
+        if self._received != signum:
+            self._received, self._received_at = signum, time.monotonic()
+            logger.warning("%s: stopping after this iteration", signal.Signals(signum).name)
+        elif time.monotonic() - self._received_at > ECHO:
+            signal.signal(signum, self._handlers.pop(signum))
+            signal.raise_signal(signum)
 
     def _received_anywhere(self) -> int:
         if comm.get_world_size() == 1:

@@ -80,7 +80,7 @@ def check_writable(folder: str | os.PathLike) -> None:
 
 @contextmanager
 def owned(folder: str | os.PathLike, *, resume: bool, overwrite: bool) -> Iterator[None]:
-    """While in it, no other process on this machine trains in a folder.
+    """While in it, no other process trains in a folder.
 
     Args:
         folder: ``OUTPUT_DIR``, which exists.
@@ -91,22 +91,44 @@ def owned(folder: str | os.PathLike, *, resume: bool, overwrite: bool) -> Iterat
         UserError: another process trains in it; or a training is there that neither goes on nor may
             be replaced.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    with Path(folder, ".lock").open("w") as lock:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            # Of the process alone: those that load images for it may outlive it by seconds.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
             raise UserError(
                 f"OUTPUT_DIR {folder}: another training is running there; choose another"
             ) from error
+        except OSError as error:  # a network's file system may have no locks
+            logger.warning("%s cannot be locked (%s): start no other there", folder, error.strerror)
         if not (resume or overwrite) and checkpoints_in(folder):
             raise UserError(
                 f"OUTPUT_DIR {folder} has a training: go on with it by --resume, replace it by "
                 "--overwrite, or choose another"
             )
         yield
-    finally:
-        os.close(descriptor)
+
+
+def note_torchrun(folder: str | os.PathLike) -> None:
+    """In the main process: from now on the training in the folder is that of this ``torchrun``."""
+    if comm.is_main_process():
+        Path(folder, ".torchrun").write_text(_torchrun())
+
+
+def is_restarted(folder: str | os.PathLike) -> bool:
+    """Whether ``torchrun`` has started this process anew, for a training that has begun."""
+    if not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        return False
+    try:
+        return Path(folder, ".torchrun").read_text() == _torchrun()
+    except OSError:
+        return False
+
+
+def _torchrun() -> str:
+    """What the processes of one ``torchrun`` share; empty without it."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return f"{name} {os.getppid()}" if name == "none" else name  # its default, on one machine
 
 
 def checkpoints_in(folder: str | os.PathLike) -> list[Path]:

@@ -147,12 +147,12 @@ def _check_trained_classes(cfg: CfgNode, folder: str) -> None:
 
 def _check_batch(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Raise UserError if the processes cannot share the images of a batch."""
-    processes = getattr(args, "num_gpus", 1) * getattr(args, "num_machines", 1)
+    processes = args.num_gpus * args.num_machines
     batch = cfg.SOLVER.IMS_PER_BATCH
     if not args.eval_only and (batch < 1 or batch % processes):
         raise UserError(
             f"SOLVER.IMS_PER_BATCH {batch} is not a multiple of the {processes} processes "
-            "(--num-gpus times --num-machines)"
+            "(--num-gpus or --nproc-per-node, times the machines)"
         )
 
 

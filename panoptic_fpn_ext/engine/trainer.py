@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
 from detectron2.data.build import _train_loader_from_config
@@ -125,6 +126,10 @@ class Trainer(DefaultTrainer):
 
     def _test_and_go_on(self) -> dict[str, Any]:
         self._evaluation_error = None
+        if comm.get_world_size() > 1:
+            # Statistics of batches differ between processes; the checkpoint has the first one's.
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
         try:
             self._last_eval_results = self.test(self.cfg, self.model)
         except EvaluationUserError as error:
