@@ -13,7 +13,7 @@ from detectron2.utils import comm
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, and what schedulers send
 ECHO = 3.0
-"""Seconds: a terminal sends to all processes, and the one that watches them passes it on at once."""
+"""Seconds. What a terminal sends to all processes, the one that watches them passes on too."""
 
 logger = logging.getLogger(__name__)
 

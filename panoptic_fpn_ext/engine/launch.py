@@ -1,4 +1,4 @@
-"""The processes of a run: torch's own engine starts and watches them, on machines without a GPU too."""
+"""The processes of a run, on GPUs or CPUs: torch's own engine starts and watches them."""
 
 import argparse
 import logging

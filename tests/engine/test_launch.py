@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from detectron2.utils import comm
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from panoptic_fpn_ext import UserError
 from panoptic_fpn_ext.engine import launch
@@ -28,7 +29,7 @@ def test_one_process_runs_here():
 def test_more_processes_than_gpus_are_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(UserError, match="--num-gpus 3, but this machine has 2: lower it"):
+    with pytest.raises(UserError, match="--num-gpus 3, but this machine has 2 GPUs: lower it"):
         launch(print, 3)
 
 
@@ -48,9 +49,10 @@ def report(folder: Path) -> None:
     comm.synchronize()
     if comm.get_rank() == 3:
         raise UserError("of rank 3")
+    comm.synchronize()
 
 
-@pytest.mark.slow
+@pytest.mark.distributed
 def test_two_machines_of_two_processes(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     with socket.socket() as free:
@@ -61,7 +63,8 @@ def test_two_machines_of_two_processes(tmp_path, monkeypatch):
             pool.submit(launch, report, 2, 2, machine, url, (tmp_path,), device="cpu")
             for machine in range(2)
         )
-        assert first.result() is None
+        with pytest.raises(ChildFailedError):  # it waits for rank 3
+            first.result()
         with pytest.raises(UserError, match="^of rank 3$"):
             second.result()
     for rank in range(4):
