@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 from panoptic_fpn_ext import UserError
 from panoptic_fpn_ext.data import PanopticFPNMapper
+from panoptic_fpn_ext.data.image_files import read_image
 from panoptic_fpn_ext.data.label_space import thing_sem_seg_ids, with_isthing
-from panoptic_fpn_ext.data.mapper import read_image
 from panoptic_fpn_ext.data.panoptic_png import read_panoptic_png
 from panoptic_fpn_ext.engine import setup_prediction, trained_model
 from panoptic_fpn_ext.evaluation.common import check_size

@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from panoptic_fpn_ext import register_panoptic_dataset
+from panoptic_fpn_ext.data.image_files import read_image
 from panoptic_fpn_ext.data.label_space import thing_sem_seg_ids
-from panoptic_fpn_ext.data.mapper import read_image
 from panoptic_fpn_ext.data.panoptic_png import read_panoptic_png
 from panoptic_fpn_ext.data.registration import LABEL_SPACES
 from panoptic_fpn_ext.data.targets import sem_seg_from_panoptic

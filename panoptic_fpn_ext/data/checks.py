@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from .coco_json import Fault, instances_faults, is_polygon, panoptic_faults, read_json
-from .mapper import read_image
+from .image_files import read_image
 from .panoptic_png import hint_of_swapped_bytes, read_panoptic_png
 from .targets import segment_boxes
 
@@ -137,7 +137,7 @@ class _ImageChecks(Dataset):
 def _image_file_faults(image: _Image) -> list[Fault]:
     record = {"file_name": image.file_name, "height": image.height, "width": image.width}
     try:
-        read_image(record, "BGR")
+        read_image(record, "BGR", strict=True)
     except UserError as error:
         kind = "unreadable-image" if "cannot read" in str(error) else "wrong-size"
         return [_of_file(kind, image.file_name, error, image.image_id)]

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
@@ -11,18 +10,14 @@ from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, BoxMode, PolygonMasks, polygons_to_bitmask
-from detectron2.utils.file_io import PathManager
-from PIL import Image, UnidentifiedImageError
 from pycocotools import mask as rle
 
 from ..errors import UserError
 from .augmentation import PanopticAugInput, build_augmentation
+from .image_files import check_size, read_image
 from .label_space import thing_sem_seg_ids, with_isthing
 from .panoptic_png import read_panoptic_png
 from .targets import index_segments, instance_values, instances_from_index, sem_seg_from_index
-
-WIDE_MODES = ("I", "F")
-"""Pillow's modes of 16 and 32 bits and of floating point, which it would cut off at 255."""
 
 
 class PanopticFPNMapper(DatasetMapper):
@@ -105,7 +100,7 @@ class PanopticFPNMapper(DatasetMapper):
         del dataset_dict["segments_info"]
         png = dataset_dict["pan_seg_file_name"]
         index = index_segments(read_panoptic_png(png), segments_info, source=png)
-        _check_size(png, index, dataset_dict)
+        check_size(png, index.shape, dataset_dict)
         aug_input = PanopticAugInput(
             image, index=index, instance_values=instance_values(segments_info)
         )
@@ -228,42 +223,3 @@ def _transform_polygons(
     ends = np.cumsum([len(p) for p in polygons])
     transformed = iter(np.split(transforms.apply_coords(coordinates), ends[:-1]))
     return [[next(transformed).reshape(-1) for _ in s] for s in segmentations]
-
-
-def read_image(dataset_dict: dict[str, Any], image_format: str) -> np.ndarray:
-    """Read the image of a record, (H, W, C) uint8.
-
-    Raises:
-        UserError: it is missing or damaged, or not of the size that the record says, if it does.
-    """
-    file_name = dataset_dict["file_name"]
-    try:
-        with PathManager.open(file_name, "rb") as file, Image.open(file) as header:
-            mode = header.mode
-        # For BGR Detectron2 returns a reversed view, which transforms are very slow to read.
-        is_bgr = image_format == "BGR"
-        image = utils.read_image(file_name, format="RGB" if is_bgr else image_format)
-        if is_bgr:
-            image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
-    except UnidentifiedImageError as error:
-        raise UserError(f"{file_name}: cannot read the image: not an image file") from error
-    except Exception as error:  # decoders raise whatever they like on damaged files
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UserError(f"{file_name}: cannot read the image: {reason}") from error
-    if mode.startswith(WIDE_MODES):
-        raise UserError(
-            f"{file_name}: pixels of mode {mode}, of more than 8 bits, and there is no one way to "
-            "make them 8: convert the image"
-        )
-    _check_size(file_name, image, dataset_dict)
-    return image
-
-
-def _check_size(file_name: str, image: np.ndarray, dataset_dict: dict[str, Any]) -> None:
-    height = dataset_dict.get("height", image.shape[0])
-    width = dataset_dict.get("width", image.shape[1])
-    if image.shape[:2] != (height, width):
-        raise UserError(
-            f"{file_name}: {image.shape[1]}x{image.shape[0]} pixels (width x height), but the "
-            f"annotations say {width}x{height}"
-        )

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 from detectron2.utils.file_io import PathManager
 from kornia_rs.io import decode_image_png_u8
+from PIL import Image
 
 from ..errors import UserError
 
@@ -46,6 +47,12 @@ def read_panoptic_png(file_name: str | os.PathLike) -> np.ndarray:
         raise UserError(
             f"{file_name}: damaged or truncated PNG: {len(content)} bytes cannot hold "
             f"{shape[1]}x{shape[0]} pixels; fetch or write it again"
+        )
+    # Pillow's rule for images: of more pixels than its limit twice, it reads none.
+    if Image.MAX_IMAGE_PIXELS and shape[0] * shape[1] > 2 * Image.MAX_IMAGE_PIXELS:
+        raise UserError(
+            f"{file_name}: a PNG of {shape[1]}x{shape[0]} pixels, a bomb or a mistake; up to "
+            f"{2 * Image.MAX_IMAGE_PIXELS} are read (PIL.Image.MAX_IMAGE_PIXELS)"
         )
     try:
         pixels = decode_image_png_u8(content, shape, mode.lower())

@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.data import DatasetFromList, MapDataset
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+
+from .watched_records import WatchedRecords
 
 Place = tuple[int, int]
 """The index of a record, and its place in the order of the records of all processes."""
@@ -60,6 +61,7 @@ class TrainingBatches:
         batch_size: int,
         aspect_ratio_grouping: bool = False,
         num_workers: int = 0,
+        names: Sequence[str] = (),
         seed: int = 0,
         start: int = 0,
     ) -> None:
@@ -72,10 +74,10 @@ class TrainingBatches:
             batch_size: images of a batch, of this process.
             aspect_ratio_grouping: whether the images of a batch are all wide or all high.
             num_workers: processes that load.
+            names: of the datasets that the records are of, for errors.
             seed, start: see above.
         """
-        self._records = DatasetFromList(records, copy=False)
-        self._mapped = MapDataset(self._records, mapper)
+        self._mapped = WatchedRecords(records, mapper, names=names, num_workers=num_workers)
         self._make_sampler = make_sampler
         self._batch_size = batch_size
         self._aspect_ratio_grouping = aspect_ratio_grouping
@@ -106,7 +108,7 @@ class TrainingBatches:
             yield int(index), number * processes + rank
 
     def _is_wide(self, index: int) -> bool:
-        record = self._records[index]
+        record = self._mapped.records[index]
         if "width" in record:
             return record["width"] > record["height"]
         # Records of Detectron2's own panoptic datasets do not say.

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
-from detectron2.data.build import _train_loader_from_config
+from detectron2.data.build import _test_loader_from_config, _train_loader_from_config
 from detectron2.engine import DefaultTrainer, HookBase, defaults, hooks
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import build_model
@@ -26,15 +26,20 @@ from torch import nn
 from ..data import PanopticFPNMapper
 from ..data.label_space import with_isthing
 from ..data.training_batches import TrainingBatches, same_random_state, seed_everything
+from ..data.watched_records import WatchedRecords, deaths_are_named, is_death
 from ..errors import UserError
 from ..evaluation import EvaluationUserError, IndependentEvaluators, build_evaluator
 from .checkpoint import PanopticFPNCheckpointer
 from .interruption import Interrupted, StopOnSignal
 
+
 # What a user can put right is said once, at the end, without a traceback.
-_SAID_ONCE = (UserError, Interrupted, FloatingPointError)
+def _is_said_once(error: BaseException | None) -> bool:
+    return isinstance(error, (UserError, Interrupted, FloatingPointError)) or is_death(error)
+
+
 logging.getLogger("detectron2.engine.train_loop").addFilter(
-    lambda record: not (record.exc_info and isinstance(record.exc_info[1], _SAID_ONCE))
+    lambda record: not (record.exc_info and _is_said_once(record.exc_info[1]))
 )
 logger = logging.getLogger(__name__)
 
@@ -140,12 +145,14 @@ class Trainer(DefaultTrainer):
         """As Detectron2's.
 
         Raises:
-            UserError: the losses grew beyond all bounds; the disk is full; or, when all is done, an
-                evaluator failed in the last evaluation.
+            UserError: the losses grew beyond all bounds; an image cannot be loaded, or the process
+                that was to load it died; the disk is full; or, when all is done, an evaluator
+                failed in the last evaluation.
             Interrupted: see :class:`StopOnSignal`.
         """
         try:
-            results = super().train()
+            with deaths_are_named():
+                results = super().train()
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
@@ -257,12 +264,20 @@ class Trainer(DefaultTrainer):
             batch_size=cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
             aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
             num_workers=cfg.DATALOADER.NUM_WORKERS,
+            names=cfg.DATASETS.TRAIN,
         )
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
         mapper = PanopticFPNMapper(cfg, is_train=False)
-        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        arguments = _test_loader_from_config(cfg, dataset_name, mapper)
+        records = WatchedRecords(
+            arguments.pop("dataset"),
+            arguments.pop("mapper"),
+            names=(dataset_name,),
+            num_workers=arguments["num_workers"],
+        )
+        return build_detection_test_loader(records, mapper=None, **arguments)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> IndependentEvaluators:
@@ -276,12 +291,14 @@ class Trainer(DefaultTrainer):
             The scores, as :meth:`DefaultTrainer.test`.
 
         Raises:
+            UserError: an image cannot be loaded, or the process that was to load it died.
             EvaluationUserError: an evaluator failed, in whatever process. What the others found is
                 written, and in the error.
         """
         if evaluators is None:
             evaluators = [cls.build_evaluator(cfg, name) for name in cfg.DATASETS.TEST]
-        results = super().test(cfg, model, evaluators)
+        with deaths_are_named():
+            results = super().test(cfg, model, evaluators)
         if results and comm.is_main_process():
             folder = os.path.join(cfg.OUTPUT_DIR, "inference")
             os.makedirs(folder, exist_ok=True)

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import random
 import signal
 from collections import Counter
@@ -292,6 +293,39 @@ def test_a_loss_that_is_no_number_is_told_with_its_images(training_cfg, monkeypa
         trainer.train()
     assert ", of " + ", ".join(seen[2]) + " (seed 3)" in str(e.value)
     assert "\n" not in str(e.value) and len(seen) == 3
+
+
+class Dies(PanopticFPNMapper):
+    """Ends its process at an image."""
+
+    def __call__(self, record: dict) -> dict:
+        if record["file_name"].endswith("3.jpg"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(record)
+
+
+class DiesEvaluating(Dies):
+    def __call__(self, record: dict) -> dict:
+        return (
+            PanopticFPNMapper.__call__(self, record) if self.is_train else super().__call__(record)
+        )
+
+
+@on_cpu
+@pytest.mark.faults
+@pytest.mark.parametrize("mapper", [Dies, DiesEvaluating])
+def test_a_process_that_dies_loading_is_told_with_its_image(
+    training_cfg, monkeypatch, caplog, mapper
+):
+    monkeypatch.setattr("panoptic_fpn_ext.engine.trainer.PanopticFPNMapper", mapper)
+    cfg = training_cfg
+    cfg.SOLVER.MAX_ITER, cfg.TEST.EVAL_PERIOD, cfg.DATALOADER.NUM_WORKERS = 12, 1, 1
+    cfg.DATASETS.TEST = ("shapes_val",)
+    split = "train" if mapper is Dies else "val"
+    message = rf"^dataset shapes_{split}: .*{split}/0+3\.jpg: .*signal: Killed; .*NUM_WORKERS$"
+    with pytest.raises(UserError, match=message):
+        Trainer(cfg).train()
+    assert not [entry for entry in caplog.records if entry.exc_info]
 
 
 @on_cpu

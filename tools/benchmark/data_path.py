@@ -21,6 +21,7 @@ from detectron2.structures import BoxMode
 from pycocotools import mask as rle
 
 from panoptic_fpn_ext import add_panoptic_fpn_config
+from panoptic_fpn_ext.data import mapper as our_mapper
 from panoptic_fpn_ext.data.mapper import PanopticFPNMapper
 from panoptic_fpn_ext.evaluation.instance_ap import instance_annotations
 
@@ -211,13 +212,23 @@ def targets_agreement(
 @contextmanager
 def images_at_hand(records: list[dict[str, Any]]) -> Iterator[None]:
     """Have Detectron2 read the images of records once only; other files as ever."""
-    read = detection_utils.read_image
     names = {record["file_name"] for record in records}
+    theirs, ours = detection_utils.read_image, our_mapper.read_image
 
-    keep = functools.cache(read)
-    with mock.patch.object(
-        detection_utils,
-        "read_image",
-        lambda name, format=None: (keep if name in names else read)(name, format),
+    keep = functools.cache(theirs)
+    images = {}
+
+    def read_ours(record: dict[str, Any], image_format: str) -> np.ndarray:
+        key = record["file_name"], image_format
+        if key not in images:
+            images[key] = ours(record, image_format)
+        return images[key]
+
+    def read_theirs(name: str, format: str | None = None) -> np.ndarray:
+        return (keep if name in names else theirs)(name, format)
+
+    with (
+        mock.patch.object(detection_utils, "read_image", read_theirs),
+        mock.patch.object(our_mapper, "read_image", read_ours),
     ):
         yield
