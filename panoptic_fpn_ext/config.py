@@ -122,6 +122,10 @@ def add_panoptic_fpn_config(cfg: CfgNode) -> None:
     # them. With SEED a run can be repeated then.
     cfg.DETERMINISTIC = False
 
+    # Of the checkpoints of SOLVER.CHECKPOINT_PERIOD the newest so many are kept, 0 for all; the final
+    # one and the best one are kept besides.
+    cfg.SOLVER.CHECKPOINT_KEEP = 0
+
     # "SGD" (Detectron2's own) or "ADAMW"; both read the other SOLVER keys.
     cfg.SOLVER.OPTIMIZER = "SGD"
 

@@ -28,6 +28,7 @@ from ..data.training_batches import TrainingBatches, same_random_state, seed_eve
 from ..errors import UserError
 from ..evaluation import EvaluationUserError, IndependentEvaluators, build_evaluator
 from .checkpoint import PanopticFPNCheckpointer
+from .checkpoint_hooks import KeepNewest
 from .interruption import Interrupted, StopOnSignal
 
 # What a user can put right is said once, at the end, without a traceback.
@@ -77,7 +78,12 @@ class Trainer(DefaultTrainer):
         self.checkpointer = PanopticFPNCheckpointer(
             self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
         )
-        built = super().build_hooks()
+        built = [
+            KeepNewest(self.checkpointer, hook.period, self.cfg.SOLVER.CHECKPOINT_KEEP)
+            if isinstance(hook, hooks.PeriodicCheckpointer)
+            else hook
+            for hook in super().build_hooks()
+        ]
         # After the scheduler and the periodic checkpoint, before an evaluation that takes long.
         place = next(i for i, hook in enumerate(built) if isinstance(hook, hooks.EvalHook))
         built[place] = hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self._test_and_go_on)
