@@ -16,6 +16,7 @@ from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
 from detectron2.data.build import _train_loader_from_config
 from detectron2.engine import DefaultTrainer, HookBase, defaults, hooks
+from detectron2.evaluation import verify_results
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import build_model
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
@@ -28,11 +29,12 @@ from ..data.training_batches import TrainingBatches, same_random_state, seed_eve
 from ..errors import UserError
 from ..evaluation import EvaluationUserError, IndependentEvaluators, build_evaluator
 from .checkpoint import PanopticFPNCheckpointer
-from .checkpoint_hooks import KeepNewest
+from .checkpoint_hooks import KeepBest, KeepNewest, StoppedEarly
 from .interruption import Interrupted, StopOnSignal
+from .validation_loss import validation_losses
 
 # What a user can put right is said once, at the end, without a traceback.
-_SAID_ONCE = (UserError, Interrupted, FloatingPointError)
+_SAID_ONCE = (UserError, Interrupted, StoppedEarly, FloatingPointError)
 logging.getLogger("detectron2.engine.train_loop").addFilter(
     lambda record: not (record.exc_info and isinstance(record.exc_info[1], _SAID_ONCE))
 )
@@ -86,7 +88,13 @@ class Trainer(DefaultTrainer):
         ]
         # After the scheduler and the periodic checkpoint, before an evaluation that takes long.
         place = next(i for i, hook in enumerate(built) if isinstance(hook, hooks.EvalHook))
-        built[place] = hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self._test_and_go_on)
+        test = self.cfg.TEST
+        built[place] = hooks.EvalHook(test.EVAL_PERIOD, self._test_and_go_on)
+        if test.BEST_METRIC:
+            evaluation = KeepBest(
+                self.checkpointer, test.BEST_METRIC, test.EVAL_PERIOD, built[place], test.PATIENCE
+            )
+            built.insert(place + 1, evaluation)
         return [*built[:place], StopOnSignal(), *built[place:]]
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -147,6 +155,11 @@ class Trainer(DefaultTrainer):
         """
         try:
             results = super().train()
+        except StoppedEarly as reason:
+            logger.info("Training %s", reason)
+            results = self._last_eval_results
+            if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
+                verify_results(self.cfg, results)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
@@ -283,6 +296,11 @@ class Trainer(DefaultTrainer):
         if evaluators is None:
             evaluators = [cls.build_evaluator(cfg, name) for name in cfg.DATASETS.TEST]
         results = super().test(cfg, model, evaluators)
+        for name in cfg.DATASETS.TEST if cfg.TEST.LOSS else ():
+            losses = validation_losses(cfg, model, name)
+            if comm.is_main_process():
+                scores = results if len(cfg.DATASETS.TEST) == 1 else results[name]
+                scores["validation"] = losses
         if results and comm.is_main_process():
             folder = os.path.join(cfg.OUTPUT_DIR, "inference")
             os.makedirs(folder, exist_ok=True)
