@@ -124,7 +124,7 @@ def add_panoptic_fpn_config(cfg: CfgNode) -> None:
     cfg.TEST.BEST_METRIC = ""
     # Stop after so many evaluations without a better one; 0 never.
     cfg.TEST.PATIENCE = 0
-    # Beside the scores of a dataset, the losses on it: "validation/total_loss" and each of its terms.
+    # Beside the scores of a dataset, the losses on it: "validation/total_loss" and its terms.
     cfg.TEST.LOSS = False
 
     # Only ways of computing that give the same bits each time, on CPUs; on GPUs where PyTorch has
