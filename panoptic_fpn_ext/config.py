@@ -118,9 +118,22 @@ def add_panoptic_fpn_config(cfg: CfgNode) -> None:
     # and Cityscapes take, whenever a dataset is evaluated.
     cfg.TEST.SUBMISSION = False
 
+    # Keep model_best.pth, of the best score of this name among the evaluations of TEST.EVAL_PERIOD:
+    # "panoptic_seg/PQ", say; with several datasets "<dataset>/panoptic_seg/PQ"; or, smaller being
+    # better, "validation/total_loss".
+    cfg.TEST.BEST_METRIC = ""
+    # Stop after so many evaluations without a better one; 0 never.
+    cfg.TEST.PATIENCE = 0
+    # Beside the scores of a dataset, the losses on it: "validation/total_loss" and its terms.
+    cfg.TEST.LOSS = False
+
     # Only ways of computing that give the same bits each time, on CPUs; on GPUs where PyTorch has
     # them. With SEED a run can be repeated then.
     cfg.DETERMINISTIC = False
+
+    # How many of the checkpoints of SOLVER.CHECKPOINT_PERIOD are kept, the newest; 0 for all. The
+    # final one and the best one are kept besides.
+    cfg.SOLVER.CHECKPOINT_KEEP = 0
 
     # "SGD" (Detectron2's own) or "ADAMW"; both read the other SOLVER keys.
     cfg.SOLVER.OPTIMIZER = "SGD"
@@ -326,6 +339,8 @@ _CONDITIONS: dict[str, tuple[Callable[[CfgNode], bool], str]] = {
         lambda cfg: cfg.TEST.EVALUATORS == "detectron2",
         "TEST.EVALUATORS detectron2",
     ),
+    "TEST.BEST_METRIC": (lambda cfg: cfg.TEST.EVAL_PERIOD > 0, "TEST.EVAL_PERIOD"),
+    "TEST.PATIENCE": (lambda cfg: bool(cfg.TEST.BEST_METRIC), "TEST.BEST_METRIC"),
     "INPUT.CROP.AFTER_RESIZE": _CROPS,
     "INPUT.CROP.HOLD_INSTANCE": _CROPS,
     "SOLVER.MOMENTUM": _SGD,

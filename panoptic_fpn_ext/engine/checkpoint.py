@@ -13,7 +13,10 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from ..errors import UserError
-from .checkpoint_files import DamagedCheckpoint, read_checkpoint, whole_file
+from .checkpoint_files import DamagedCheckpoint, is_whole, read_checkpoint, whole_file
+
+BEST = "model_best"
+"""The name of the checkpoint with the best score."""
 
 # Where class counts show: pattern of the parameter, classes of a first dimension, kind, key.
 _CLASSIFIERS = (
@@ -38,7 +41,7 @@ class PanopticFPNCheckpointer(DetectionCheckpointer):
     Fine-tuning from a checkpoint with other classes is a warning; evaluating with it, and resuming
     from it, an error. Nothing that a file holds is run. A checkpoint is there whole or not at all,
     and one that got damaged since is not what a training ends with: that goes on from the one
-    before.
+    before. The best one is never what ``last_checkpoint`` names.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class PanopticFPNCheckpointer(DetectionCheckpointer):
         self._backbone_suffices = backbone_suffices
         self._complete, self._path = complete, ""
         self._parsed_url_during_load = None
+        self._found_whole: dict[str, tuple[int, int]] = {}
 
     def save(self, name: str, **kwargs: Any) -> None:
         """As Detectron2's.
@@ -79,7 +83,44 @@ class PanopticFPNCheckpointer(DetectionCheckpointer):
         self.logger.info(f"Saving checkpoint to {path}")
         with whole_file(path) as file:
             torch.save({"model": self.model.state_dict(), **states, **kwargs}, file)
-        self.tag_last_checkpoint(f"{name}.pth")
+        if name != BEST:
+            self.tag_last_checkpoint(f"{name}.pth")
+
+    def keep_newest(self, number: int, iteration: int) -> None:
+        """Remove the numbered checkpoints of a training but for the newest.
+
+        One that is damaged does not count, and none is removed for its sake. Those without a
+        number, the best and the final one, stay, and so do those of later iterations, which a
+        training that fell back to an earlier one has not come to yet.
+
+        Args:
+            number: how many to keep, at least 1.
+            iteration: the one that the training is at.
+        """
+        if not self.save_to_disk:
+            return
+        numbers = {path: _number(path) for path in self._files()}
+        passed = [path for path, at in numbers.items() if at is not None and at <= iteration]
+        for path in sorted(passed, key=numbers.__getitem__, reverse=True):
+            if number > 0:
+                number -= self._is_whole(path)
+                continue
+            try:
+                os.unlink(path)
+            except OSError as error:
+                self.logger.warning(f"{path}: cannot be removed ({error.strerror})")
+
+    def _is_whole(self, path: str) -> bool:
+        """Whether a checkpoint is; read once, as long as it does not change."""
+        status = os.stat(path)
+        version = status.st_mtime_ns, status.st_size
+        if self._found_whole.get(path) == version:
+            return True
+        if not is_whole(path):
+            self.logger.warning(f"{path}: damaged; an earlier checkpoint is kept in its place")
+            return False
+        self._found_whole[path] = version
+        return True
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         with whole_file(os.path.join(self.save_dir, "last_checkpoint")) as file:
@@ -213,12 +254,18 @@ def trained_model(cfg: CfgNode, *, resume: bool = False) -> nn.Module:
 
 def _iteration(path: str) -> int:
     """After which a checkpoint was saved; -1 if it is damaged."""
-    if number := re.search(r"model_(\d+)\.pth$", path):
-        return int(number[1])
+    if (number := _number(path)) is not None:
+        return number
     try:
         return read_checkpoint(path).get("iteration", -1)
     except UserError:
         return -1
+
+
+def _number(path: str) -> int | None:
+    """The iteration in its name, if there is one."""
+    number = re.search(r"model_(\d+)\.pth$", path)
+    return int(number[1]) if number else None
 
 
 def _is_backbone(checkpoint: dict[str, Any]) -> bool:

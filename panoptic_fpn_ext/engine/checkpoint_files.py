@@ -121,6 +121,18 @@ def read_checkpoint(path: str, name: str = "") -> dict[str, Any]:
     return content
 
 
+def is_whole(path: str) -> bool:
+    """Whether a checkpoint of PyTorch's is as it was written: its parts have their checksums.
+
+    A piece of it is in memory at a time.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except Exception:  # zipfile raises many kinds on damaged archives
+        return False
+
+
 def _line(error: Exception) -> str:
     """The first line of its message, which may have parts of the file in it."""
     line = str(error).strip().partition("\n")[0] or type(error).__name__

@@ -18,7 +18,7 @@ from ..data import register_datasets_of_config
 from ..data.category_lines import first_difference
 from ..data.records import check_files
 from ..errors import UserError
-from ..evaluation import evaluator_builders
+from ..evaluation import check_score_name, evaluator_builders
 from .run_folder import check_writable, checkpoints_in
 from .trainer import optimizer_named
 
@@ -62,6 +62,10 @@ def setup(args: argparse.Namespace) -> CfgNode:
                 f"{cfg.MODEL.PANOPTIC_FPN.OUTPUTS} is evaluated; TEST.SUBMISSION True writes "
                 "predictions for a test server"
             )
+        if cfg.TEST.LOSS:
+            _check_ground_truth(cfg, name)
+    if not args.eval_only:
+        _check_what_is_kept(cfg)
     if args.eval_only or args.resume:
         _check_trained_classes(cfg, cfg.OUTPUT_DIR if args.resume else os.path.dirname(weights))
     if not args.eval_only:
@@ -143,6 +147,33 @@ def _check_trained_classes(cfg: CfgNode, folder: str) -> None:
             f"{path}: trained on other classes than those of {', '.join(cfg.DATASETS.TEST)}: "
             f"{difference} there"
         )
+
+
+def _check_ground_truth(cfg: CfgNode, name: str) -> None:
+    """Raise UserError if a dataset has nothing to compute losses against."""
+    record = DatasetCatalog.get(name)[0]
+    ways = [{"pan_seg_file_name"}, {"annotations", "sem_seg_file_name"}]
+    if cfg.MODEL.META_ARCHITECTURE == "SemanticFPN":
+        ways[1].remove("annotations")
+    elif cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN":
+        ways[1].remove("sem_seg_file_name")
+    if not any(way <= record.keys() for way in ways):
+        raise UserError(
+            f"TEST.LOSS: dataset {name!r} has no ground truth for "
+            f"{cfg.MODEL.META_ARCHITECTURE}: set TEST.LOSS False, or leave it out of DATASETS.TEST"
+        )
+
+
+def _check_what_is_kept(cfg: CfgNode) -> None:
+    """Raise UserError for numbers that are none, and for a score that nothing will find."""
+    for key, value in (
+        ("SOLVER.CHECKPOINT_KEEP", cfg.SOLVER.CHECKPOINT_KEEP),
+        ("TEST.PATIENCE", cfg.TEST.PATIENCE),
+    ):
+        if value < 0:
+            raise UserError(f"{key} {value}: must be 0 or more")
+    if cfg.TEST.BEST_METRIC:
+        check_score_name(cfg, cfg.TEST.BEST_METRIC)
 
 
 def _check_batch(cfg: CfgNode, args: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
 from detectron2.data.build import _test_loader_from_config, _train_loader_from_config
 from detectron2.engine import DefaultTrainer, HookBase, defaults, hooks
+from detectron2.evaluation import verify_results
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import build_model
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
@@ -30,12 +31,15 @@ from ..data.watched_records import WatchedRecords, deaths_are_named, is_death
 from ..errors import UserError
 from ..evaluation import EvaluationUserError, IndependentEvaluators, build_evaluator
 from .checkpoint import PanopticFPNCheckpointer
+from .checkpoint_hooks import KeepBest, KeepNewest, StoppedEarly
 from .interruption import Interrupted, StopOnSignal
+from .validation_loss import validation_losses
 
 
 # What a user can put right is said once, at the end, without a traceback.
 def _is_said_once(error: BaseException | None) -> bool:
-    return isinstance(error, (UserError, Interrupted, FloatingPointError)) or is_death(error)
+    kinds = (UserError, Interrupted, StoppedEarly, FloatingPointError)
+    return isinstance(error, kinds) or is_death(error)
 
 
 logging.getLogger("detectron2.engine.train_loop").addFilter(
@@ -83,10 +87,21 @@ class Trainer(DefaultTrainer):
         self.checkpointer = PanopticFPNCheckpointer(
             self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
         )
-        built = super().build_hooks()
+        built = [
+            KeepNewest(self.checkpointer, hook.period, self.cfg.SOLVER.CHECKPOINT_KEEP)
+            if isinstance(hook, hooks.PeriodicCheckpointer)
+            else hook
+            for hook in super().build_hooks()
+        ]
         # After the scheduler and the periodic checkpoint, before an evaluation that takes long.
         place = next(i for i, hook in enumerate(built) if isinstance(hook, hooks.EvalHook))
-        built[place] = hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self._test_and_go_on)
+        test = self.cfg.TEST
+        built[place] = hooks.EvalHook(test.EVAL_PERIOD, self._test_and_go_on)
+        if test.BEST_METRIC:
+            evaluation = KeepBest(
+                self.checkpointer, test.BEST_METRIC, test.EVAL_PERIOD, built[place], test.PATIENCE
+            )
+            built.insert(place + 1, evaluation)
         return [*built[:place], StopOnSignal(), *built[place:]]
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -153,6 +168,11 @@ class Trainer(DefaultTrainer):
         try:
             with deaths_are_named():
                 results = super().train()
+        except StoppedEarly as reason:
+            logger.info("Training %s", reason)
+            results = self._last_eval_results
+            if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
+                verify_results(self.cfg, results)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
@@ -299,6 +319,14 @@ class Trainer(DefaultTrainer):
             evaluators = [cls.build_evaluator(cfg, name) for name in cfg.DATASETS.TEST]
         with deaths_are_named():
             results = super().test(cfg, model, evaluators)
+            losses = {
+                name: validation_losses(cfg, model, name)
+                for name in (cfg.DATASETS.TEST if cfg.TEST.LOSS else ())
+            }
+        if comm.is_main_process():
+            for name, values in losses.items():
+                scores = results if len(cfg.DATASETS.TEST) == 1 else results[name]
+                scores["validation"] = values
         if results and comm.is_main_process():
             folder = os.path.join(cfg.OUTPUT_DIR, "inference")
             os.makedirs(folder, exist_ok=True)

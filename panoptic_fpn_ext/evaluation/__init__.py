@@ -2,7 +2,7 @@
 dataset is evaluated with."""
 
 from .base import ImageEvaluator
-from .build import build_evaluator, evaluator_builders
+from .build import build_evaluator, check_score_name, evaluator_builders
 from .cityscapes_instances import CityscapesInstanceEvaluator
 from .cityscapes_sem_seg import CityscapesSemSegEvaluator
 from .independent import EvaluationUserError, IndependentEvaluators
@@ -25,6 +25,7 @@ __all__ = [
     "PanopticSubmissionWriter",
     "SemSegIoUEvaluator",
     "build_evaluator",
+    "check_score_name",
     "evaluator_builders",
     "needs",
 ]

@@ -12,6 +12,7 @@ Detectron2 has in its place, if anything, is registered in ``detectron2_evaluato
 same name; ``TEST.EVALUATORS`` chooses between the two.
 """
 
+import difflib
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -33,6 +34,13 @@ from .registry import (
     EvaluatorBuilder,
     needs,
 )
+from .score_names import (
+    CITYSCAPES_INSTANCE_SCORES,
+    CITYSCAPES_SEM_SEG_SCORES,
+    INSTANCE_SCORES,
+    PANOPTIC_SCORES,
+    SEM_SEG_SCORES,
+)
 from .sem_seg_iou import SemSegIoUEvaluator
 from .submission import PanopticSubmissionWriter
 
@@ -47,31 +55,31 @@ DEFAULT_EVALUATORS = ("panoptic_seg", "sem_seg", "instances")
 
 
 @EVALUATOR_REGISTRY.register()
-@needs("panoptic_seg")
+@needs("panoptic_seg", scores=PANOPTIC_SCORES)
 def panoptic_seg(dataset_name: str, output_folder: str) -> DatasetEvaluator:
     return PanopticQualityEvaluator.from_dataset(dataset_name)
 
 
 @EVALUATOR_REGISTRY.register()
-@needs("sem_seg")
+@needs("sem_seg", scores=SEM_SEG_SCORES)
 def sem_seg(dataset_name: str, output_folder: str) -> DatasetEvaluator:
     return SemSegIoUEvaluator.from_dataset(dataset_name)
 
 
 @EVALUATOR_REGISTRY.register()
-@needs("instances")
+@needs("instances", scores=INSTANCE_SCORES)
 def instances(dataset_name: str, output_folder: str) -> DatasetEvaluator:
     return InstanceAPEvaluator.from_dataset(dataset_name, output_folder)
 
 
 @EVALUATOR_REGISTRY.register()
-@needs("sem_seg")
+@needs("sem_seg", scores=(*SEM_SEG_SCORES, *CITYSCAPES_SEM_SEG_SCORES))
 def cityscapes_sem_seg(dataset_name: str, output_folder: str) -> DatasetEvaluator:
     return CityscapesSemSegEvaluator.from_dataset(dataset_name)
 
 
 @EVALUATOR_REGISTRY.register()
-@needs("instances")
+@needs("instances", scores=CITYSCAPES_INSTANCE_SCORES)
 def cityscapes_instances(dataset_name: str, output_folder: str) -> DatasetEvaluator:
     return CityscapesInstanceEvaluator.from_dataset(dataset_name)
 
@@ -113,6 +121,37 @@ def evaluator_builders(cfg: CfgNode, dataset_name: str) -> list[EvaluatorBuilder
             f"TEST.SUBMISSION needs panoptic_seg in MODEL.PANOPTIC_FPN.OUTPUTS, now {outputs}"
         )
     return builders
+
+
+def check_score_name(cfg: CfgNode, name: str) -> None:
+    """
+    Args:
+        cfg: the config of a run, resolved.
+        name: of a score, as in ``metrics.json``.
+
+    Raises:
+        UserError: no evaluation of the run finds it; where an evaluator does not say what it finds,
+            nothing is refused.
+    """
+    known: list[str] = []
+    for dataset in cfg.DATASETS.TEST:
+        names = ["validation/total_loss", "validation/loss_"] if cfg.TEST.LOSS else []
+        for build in evaluator_builders(cfg, dataset):
+            scores = getattr(build, "scores", None)
+            if scores is None:
+                return
+            names += scores
+        prefix = f"{dataset}/" if len(cfg.DATASETS.TEST) > 1 else ""
+        known += [prefix + score for score in names if cfg.MODEL.MASK_ON or "segm/" not in score]
+    if any(name == score or (score[-1] in "-_" and name.startswith(score)) for score in known):
+        return
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    reason = "of which DATASETS.TEST is empty"
+    if "validation/" in name and not cfg.TEST.LOSS:
+        reason = "which TEST.LOSS True computes"
+    elif close:
+        reason = f"did you mean {close[0]}?"
+    raise UserError(f"TEST.BEST_METRIC {name!r}: no evaluation of this run finds it; {reason}")
 
 
 def _is_there(module: str, attribute: str | None) -> bool:

@@ -23,11 +23,19 @@ from ..data.virtual_files import INSTANCES_PREFIX
 from ..errors import UserError
 from .instance_ap import instance_annotations
 from .registry import DETECTRON2_EVALUATOR_REGISTRY, needs
+from .score_names import (
+    CITYSCAPES_INSTANCE_SCORES,
+    CITYSCAPES_SEM_SEG_SCORES,
+    INSTANCE_SCORES,
+    PANOPTIC_SCORES,
+    SEM_SEG_SCORES,
+)
 
 
 @DETECTRON2_EVALUATOR_REGISTRY.register()
 @needs(
     "panoptic_seg",
+    scores=PANOPTIC_SCORES,
     module="panopticapi",
     install="pip install git+https://github.com/cocodataset/panopticapi.git",
 )
@@ -36,7 +44,7 @@ def panoptic_seg(dataset_name: str, output_folder: str) -> DatasetEvaluator:
 
 
 @DETECTRON2_EVALUATOR_REGISTRY.register()
-@needs("sem_seg")
+@needs("sem_seg", scores=SEM_SEG_SCORES)
 def sem_seg(dataset_name: str, output_folder: str) -> DatasetEvaluator:
     if any("sem_seg_file_name" not in record for record in DatasetCatalog.get(dataset_name)):
         raise _lacks(dataset_name, "sem_seg_file_name", "SemSegEvaluator")
@@ -44,7 +52,7 @@ def sem_seg(dataset_name: str, output_folder: str) -> DatasetEvaluator:
 
 
 @DETECTRON2_EVALUATOR_REGISTRY.register()
-@needs("instances")
+@needs("instances", scores=INSTANCE_SCORES)
 def instances(dataset_name: str, output_folder: str) -> DatasetEvaluator:
     if not hasattr(MetadataCatalog.get(dataset_name), "json_file"):
         raise _lacks(dataset_name, "json_file", "COCOEvaluator")
@@ -66,13 +74,13 @@ _OLD_NUMPY = {"module": "numpy", "attribute": "in1d", "install": "pip install 'n
 
 
 @DETECTRON2_EVALUATOR_REGISTRY.register()
-@needs("sem_seg", **_OLD_NUMPY)
+@needs("sem_seg", scores=CITYSCAPES_SEM_SEG_SCORES, **_OLD_NUMPY)
 def cityscapes_sem_seg(dataset_name: str, output_folder: str) -> DatasetEvaluator:
     return CityscapesSemSegEvaluator(dataset_name)
 
 
 @DETECTRON2_EVALUATOR_REGISTRY.register()
-@needs("instances", **_OLD_NUMPY)
+@needs("instances", scores=CITYSCAPES_INSTANCE_SCORES, **_OLD_NUMPY)
 def cityscapes_instances(dataset_name: str, output_folder: str) -> DatasetEvaluator:
     return CityscapesInstanceEvaluator(dataset_name)
 

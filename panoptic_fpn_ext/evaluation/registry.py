@@ -1,6 +1,6 @@
 """The registries of evaluators, filled by ``build.py`` and ``detectron2_evaluators.py``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from detectron2.evaluation import DatasetEvaluator
 from fvcore.common.registry import Registry
@@ -26,6 +26,7 @@ def needs(
     module: str | None = None,
     attribute: str | None = None,
     install: str | None = None,
+    scores: Collection[str] | None = None,
 ) -> Callable[[EvaluatorBuilder], EvaluatorBuilder]:
     """Decorate a builder with what its evaluator needs.
 
@@ -35,11 +36,13 @@ def needs(
         module: a module that must be importable, beyond this package's requirements.
         attribute: what it must have, by which its version is told.
         install: how to get it, for the error where it is missing.
+        scores: the names of what it finds, "task/metric"; "task/metric-" for one of each class.
+            None if they are not known before.
     """
 
     def mark(build: EvaluatorBuilder) -> EvaluatorBuilder:
         build.needs, build.module, build.attribute = output, module, attribute
-        build.install = install
+        build.install, build.scores = install, scores
         return build
 
     return mark

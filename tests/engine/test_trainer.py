@@ -1,7 +1,6 @@
 """The trainer: its optimizers, its data, what it saves."""
 
 import json
-import logging
 import math
 import os
 import random
@@ -166,21 +165,6 @@ def test_what_there_is_not_is_one_line(key, value):
     with pytest.raises(UserError, match=rf"SOLVER\..*{key} '{value}': allowed are .") as error:
         Trainer.build_optimizer(cfg, small_model())
     assert "\n" not in str(error.value)
-
-
-@pytest.fixture
-def training_cfg(shapes, ext_cfg, tmp_path, caplog):
-    """Training on the tiny Shapes."""
-    caplog.set_level(logging.INFO, "detectron2")  # else the trainer sets up logging, for good
-    cfg = ext_cfg
-    add_panoptic_fpn_config(cfg)
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 5, 6
-    cfg.DATASETS.TRAIN = ("shapes_train",)
-    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MASK_FORMAT = (64,), "bitmask"
-    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER, cfg.SOLVER.BASE_LR = 2, 1, 1e-3
-    cfg.DATALOADER.NUM_WORKERS = 0
-    cfg.OUTPUT_DIR = str(tmp_path)
-    return cfg
 
 
 MODES = [(CPU, False)]
