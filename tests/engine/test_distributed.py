@@ -246,7 +246,7 @@ def test_ctrl_c_comes_twice_and_stops_once(shapes, tmp_path):
         wait_until(lambda: (output / "last_checkpoint").exists())
         os.killpg(process.pid, signal.SIGINT)
         process.wait(timeout=120)
-        assert not processes_of(output)
+        wait_until(lambda: not processes_of(output), timeout=20)
     said = output.with_suffix(".txt").read_text()
     assert process.returncode == 128 + signal.SIGINT, said[-3000:]
     (last,) = re.findall(r"stopped by SIGINT after iteration (\d+), saved; --resume", said)
