@@ -21,6 +21,8 @@ from panoptic_fpn_ext.data.panoptic_png import read_panoptic_png, write_panoptic
 
 from .tiny_dataset import CAR, CATEGORIES, CROWD, PERSON, SKY, TinyDataset
 
+pytestmark = pytest.mark.faults
+
 Break = Callable[[TinyDataset], None]
 
 

@@ -11,7 +11,7 @@ import torch
 
 from ..conftest import CONFIG, REPOSITORY, SMALL, train_net
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
