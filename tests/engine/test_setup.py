@@ -225,7 +225,7 @@ def test_losses_need_ground_truth(
 ):
     image = str(shapes / "val" / "000000000001.jpg")
     record = {"file_name": image, "image_id": 1, **dict.fromkeys(keys, image)}
-    monkeypatch.setitem(DatasetCatalog, "shapes_val", lambda: [record])
+    monkeypatch.setitem(DatasetCatalog.data, "shapes_val", lambda: [record])
     options = ["MODEL.META_ARCHITECTURE", architecture, "OUTPUT_DIR", str(tmp_path)]
     options += ["MODEL.WEIGHTS", image]
     setup(arguments(CONFIG, *options, eval_only=eval_only))
