@@ -430,6 +430,8 @@ def test_every_key_of_the_extension_is_in_the_table():
     elsewhere = {"MODEL.CATEGORIES", "MODEL.LABEL_SPACE"}  # above
     elsewhere |= {"MODEL.ACCELERATION.CUDA_GRAPHS"}  # tests/modeling/test_fixed_part.py
     elsewhere |= {"DETERMINISTIC"}  # tests/engine/test_run_folder.py
+    # tests/engine/test_checkpoint_hooks.py and test_validation_loss.py
+    elsewhere |= {"SOLVER.CHECKPOINT_KEEP", "TEST.BEST_METRIC", "TEST.PATIENCE", "TEST.LOSS"}
     assert {key for key in flat(config()) if key not in theirs} <= KEYS.keys() | elsewhere
     assert {"float32", "bfloat16"} <= PRECISIONS.keys()
 
@@ -484,6 +486,11 @@ MASK_RCNN = ("MODEL.META_ARCHITECTURE", "GeneralizedRCNN")
             ],
             "AGGREGATION concat has no effect without MODEL.SEM_SEG_HEAD.NAME SemanticFPNHead",
         ),
+        (
+            ["TEST.BEST_METRIC", "panoptic_seg/PQ"],
+            "TEST.BEST_METRIC panoptic_seg/PQ has no effect without TEST.EVAL_PERIOD: leave it out",
+        ),
+        (["TEST.PATIENCE", 3], "TEST.PATIENCE 3 has no effect without TEST.BEST_METRIC"),
         (["SOLVER.OPTIMIZER", "ADAMW", "SOLVER.NESTEROV", True], "NESTEROV True has no effect"),
         (
             [*MASK_RCNN, "MODEL.ACCELERATION.WINOGRAD", False],

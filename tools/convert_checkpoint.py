@@ -12,7 +12,7 @@ from panoptic_fpn_ext import UserError  # isort: skip  (before PyTorch)
 import argparse
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import safetensors.torch
@@ -24,14 +24,14 @@ ENDINGS = (".safetensors", ".pth")
 NAMES_OF_ANOTHER = ("matching_heuristics", "__author__")  # they say whose names the weights have
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("input", metavar="INPUT")
     parser.add_argument("output", metavar="OUTPUT", help=f"ends in {' or '.join(ENDINGS)}")
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it is there")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     ending = os.path.splitext(args.output)[1]
     if ending not in ENDINGS:
         raise UserError(f"OUTPUT {args.output}: must end in {' or '.join(ENDINGS)}")

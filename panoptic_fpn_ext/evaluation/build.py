@@ -145,7 +145,8 @@ def check_score_name(cfg: CfgNode, name: str) -> None:
         known += [prefix + score for score in names if cfg.MODEL.MASK_ON or "segm/" not in score]
     if any(name == score or (score[-1] in "-_" and name.startswith(score)) for score in known):
         return
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    close = [score for score in known if f"/{score}".lower().endswith(f"/{name}".lower())]
+    close += difflib.get_close_matches(name, known, n=1, cutoff=0.0)
     reason = "of which DATASETS.TEST is empty"
     if "validation/" in name and not cfg.TEST.LOSS:
         reason = "which TEST.LOSS True computes"

@@ -2,7 +2,10 @@
 
 import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,7 +18,7 @@ from torch import nn
 from panoptic_fpn_ext.engine import Trainer
 from panoptic_fpn_ext.engine.checkpoint_hooks import KeepBest
 
-from ..conftest import CPU
+from ..conftest import CONFIG, CPU, REPOSITORY, SMALL
 from ..tools.test_check_resume import tool
 from .test_saving import checkpointer, contents, resumed, save
 
@@ -375,3 +378,26 @@ def test_less_is_better_of_losses(cfg, tmp_path, monkeypatch):
     cfg.TEST.BEST_METRIC = "validation/total_loss"
     run(cfg)
     assert best(tmp_path) == (5, 0.0, "validation/total_loss")
+
+
+# The command line, killed by SIGKILL
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_a_run_killed_at_random_ends_with_the_same_best(shapes, tmp_path):
+    run = subprocess.run(
+        [
+            *(sys.executable, "tools/check_resume.py", "--config-file", CONFIG, "--kills", "2"),
+            *("--output", str(tmp_path), *SMALL, "SOLVER.MAX_ITER", "12", "SOLVER.STEPS", "(9,)"),
+            *("SOLVER.CHECKPOINT_PERIOD", "2", "SOLVER.CHECKPOINT_KEEP", "1", "TEST.LOSS", "True"),
+            *("TEST.EVAL_PERIOD", "2", "TEST.BEST_METRIC", "validation/total_loss"),
+        ],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr[-3000:]
+    assert names(tmp_path / "alone") == names(tmp_path / "killed") == {"11", "best", "final"}
+    assert_same_file(tmp_path / "alone" / "model_best.pth", tmp_path / "killed" / "model_best.pth")

@@ -9,10 +9,16 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from panoptic_fpn_ext import UserError
 from panoptic_fpn_ext.engine import setup
+from panoptic_fpn_ext.evaluation import EVALUATOR_REGISTRY, needs
 
 from ..data.tiny_dataset import TinyDataset
 
 CONFIG = "configs/quickstart.yaml"
+
+
+BEST = "TEST.EVAL_PERIOD", "5", "TEST.BEST_METRIC"
+ONE_OUTPUT = "MODEL.PANOPTIC_FPN.OUTPUTS", "['sem_seg']"
+TWO = "('shapes_val', 'shapes_train')"
 
 
 def arguments(config_file=CONFIG, *opts, eval_only=False, num_gpus=1):
@@ -67,6 +73,36 @@ def test_classes_come_from_the_dataset(shapes):
         (
             arguments(CONFIG, "MODEL.FPN.NORM", "LayerNorm"),
             "MODEL.FPN.NORM 'LayerNorm': Detectron2",
+        ),
+        (
+            arguments(CONFIG, "SOLVER.CHECKPOINT_KEEP", "-1"),
+            "CHECKPOINT_KEEP -1: must be 0 or more",
+        ),
+        (
+            arguments(CONFIG, *BEST, "panoptic_seg/PQ", "TEST.PATIENCE", "-1"),
+            "TEST.PATIENCE -1: must be 0 or more",
+        ),
+        (
+            arguments(CONFIG, *BEST, "panoptic_seg/pq"),
+            "TEST.BEST_METRIC 'panoptic_seg/pq': no evaluation of this run finds it; did you mean "
+            "panoptic_seg/PQ?",
+        ),
+        (arguments(CONFIG, *BEST, "PQ"), "did you mean panoptic_seg/PQ?"),
+        (
+            arguments(CONFIG, *BEST, "validation/total_loss"),
+            "no evaluation of this run finds it; which TEST.LOSS True computes",
+        ),
+        (
+            arguments(CONFIG, *BEST, "panoptic_seg/PQ", *ONE_OUTPUT),
+            "TEST.BEST_METRIC 'panoptic_seg/PQ': no evaluation of this run finds it",
+        ),
+        (
+            arguments(CONFIG, *BEST, "sem_seg/mIoU", "DATASETS.TEST", TWO),
+            "did you mean shapes_val/sem_seg/mIoU?",
+        ),
+        (
+            arguments(CONFIG, *BEST, "sem_seg/mIoU", "DATASETS.TEST", "()"),
+            "no evaluation of this run finds it; of which DATASETS.TEST is empty",
         ),
         (arguments(eval_only=True), "--eval-only needs weights"),
         (
@@ -142,3 +178,60 @@ def test_a_dataset_that_is_not_there_names_what_is_missing(monkeypatch, tmp_path
     monkeypatch.setitem(MetadataCatalog.get("shapes_val").__dict__, "panoptic_json", str(missing))
     with pytest.raises(UserError, match=r"shapes_val.*panoptic\.json.*datasets/README\.md"):
         setup(arguments())
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("panoptic_seg/PQ", ()),
+        ("panoptic_seg/PQ_th", ()),
+        ("panoptic_seg/PQ-a class", ()),
+        ("sem_seg/mIoU", ONE_OUTPUT),
+        ("segm/AP", ()),
+        ("bbox/AP-car", ()),
+        ("validation/total_loss", ("TEST.LOSS", "True")),
+        ("validation/loss_mask", ("TEST.LOSS", "True")),
+        ("shapes_train/sem_seg/mIoU", ("DATASETS.TEST", TWO)),
+    ],
+)
+def test_scores_that_will_be_found_can_be_the_best(shapes, tmp_path, name, options):
+    cfg = setup(arguments(CONFIG, *BEST, name, *options, "OUTPUT_DIR", str(tmp_path)))
+    assert name == cfg.TEST.BEST_METRIC
+
+
+def test_of_an_evaluator_that_does_not_say_all_may_be_the_best(shapes, tmp_path, monkeypatch):
+    own = needs("sem_seg")(lambda dataset_name, output_folder: None)
+    monkeypatch.setitem(EVALUATOR_REGISTRY._obj_map, "own", own)
+    monkeypatch.setitem(MetadataCatalog.get("shapes_val").__dict__, "evaluators", ("own",))
+    setup(arguments(CONFIG, *BEST, "own/score", "OUTPUT_DIR", str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "keys", "refused"),
+    [
+        ("PanopticFPNExt", {"annotations"}, True),
+        ("PanopticFPNExt", {"annotations", "sem_seg_file_name"}, False),
+        ("PanopticFPNExt", {"pan_seg_file_name"}, False),
+        ("SemanticFPN", {"annotations"}, True),
+        ("SemanticFPN", {"sem_seg_file_name"}, False),
+        ("SemanticFPN", set(), True),
+        ("GeneralizedRCNN", {"annotations"}, False),
+        ("GeneralizedRCNN", {"sem_seg_file_name"}, True),
+    ],
+)
+@pytest.mark.parametrize("eval_only", [False, True])
+def test_losses_need_ground_truth(
+    shapes, tmp_path, monkeypatch, architecture, keys, refused, eval_only
+):
+    image = str(shapes / "val" / "000000000001.jpg")
+    record = {"file_name": image, "image_id": 1, **dict.fromkeys(keys, image)}
+    monkeypatch.setitem(DatasetCatalog.data, "shapes_val", lambda: [record])
+    options = ["MODEL.META_ARCHITECTURE", architecture, "OUTPUT_DIR", str(tmp_path)]
+    options += ["MODEL.WEIGHTS", image]
+    setup(arguments(CONFIG, *options, eval_only=eval_only))
+    losses = arguments(CONFIG, *options, "TEST.LOSS", "True", eval_only=eval_only)
+    if refused:
+        with pytest.raises(UserError, match="TEST.LOSS: dataset 'shapes_val' has no ground truth"):
+            setup(losses)
+    else:
+        setup(losses)

@@ -195,3 +195,12 @@ def test_the_panoptic_datasets_of_detectron2_are_evaluated(
     assert panoptic[f"PQ-{classes[sky]}"] == 100
     assert semantic["mIoU"] == semantic[sem_seg_of_car] == 100
     assert scores["bbox"]["AP-car"] == scores["segm"]["AP-car"] == pytest.approx(100)
+
+
+def test_evaluators_find_the_scores_that_they_say(trained):
+    """Of a trained network, all that do not follow from its classes, and no others."""
+    found = set(json.loads((trained / "inference" / "metrics.json").read_text()))
+    said = {score for build in evaluator_builders(config(), "shapes_val") for score in build.scores}
+    each = tuple(score for score in said if score.endswith("-"))
+    assert {score for score in found if not score.startswith(each)} == said - {*each}
+    assert all(any(score.startswith(one) for score in found) for one in each)
