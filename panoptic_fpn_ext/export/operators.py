@@ -1,0 +1,108 @@
+"""Operators that PyTorch's exporter lacks or writes otherwise than they are needed.
+
+Each computes in PyTorch what its ONNX node computes. That is what an export is traced with.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.ops import batched_nms
+
+NO_CANDIDATE = -1e30  # the score of a box in the classes that it is not of
+
+
+class ResizePixels(torch.autograd.Function):
+    """Bilinear resizing of pixels with antialiasing, as Pillow does it, and so Detectron2.
+
+    ONNX's ``Resize`` has it since opset 18. In ONNX Runtime pixels differ by 1 where Pillow's
+    fixed-point weights round otherwise, which is one value of 400 to 1000 in noise.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, pixels: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            pixels: (1, C, H, W) uint8.
+            sizes: (4,) int64, those of the result.
+        """
+        height, width = sizes[2:].tolist()
+        channels = [
+            np.asarray(Image.fromarray(channel.numpy()).resize((width, height), Image.BILINEAR))
+            for channel in pixels[0].cpu()
+        ]
+        return torch.from_numpy(np.stack(channels))[None].to(pixels.device)
+
+    @staticmethod
+    def symbolic(g: Any, pixels: Any, sizes: Any) -> Any:
+        nothing = g.op("Constant", value_t=torch.zeros(0))
+        return g.op(
+            "Resize",
+            pixels,
+            nothing,
+            nothing,
+            sizes,
+            mode_s="linear",
+            antialias_i=1,
+            # Weights of places outside of the image go to all others, not to the border.
+            exclude_outside_i=1,
+            coordinate_transformation_mode_s="half_pixel",
+        ).setType(pixels.type().with_sizes([1, 3, None, None]))
+
+
+class NMS(torch.autograd.Function):
+    """Non-maximum suppression within each class; what is kept, by descending score.
+
+    Not by moving the boxes of each class to a place of their own, as torchvision writes it: that
+    rounds coordinates, and has no maximum where there are no boxes.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        boxes: torch.Tensor,
+        scores: torch.Tensor,
+        classes: torch.Tensor,
+        threshold: torch.Tensor,
+        num_classes: int,
+        limit: int,
+    ) -> torch.Tensor:
+        """
+        Args:
+            boxes: (N, 4) x0, y0, x1, y1.
+            scores: (N,).
+            classes: (N,) int64, less than ``num_classes``.
+            threshold: (1,) the IoU above which the lower score is dropped.
+            num_classes: see above.
+            limit: how many of a class are kept at most.
+
+        Returns:
+            (M,) int64 indices.
+        """
+        return batched_nms(boxes, scores, classes, float(threshold))
+
+    @staticmethod
+    def symbolic(
+        g: Any, boxes: Any, scores: Any, classes: Any, threshold: Any, num_classes: int, limit: int
+    ) -> Any:
+        def constant(value: Any, dtype: torch.dtype = torch.int64) -> Any:
+            return g.op("Constant", value_t=torch.tensor(value, dtype=dtype))
+
+        numbers = constant([[k] for k in range(num_classes)])
+        is_of_class = g.op("Equal", numbers, g.op("Unsqueeze", classes, constant([0])))
+        of_class = g.op("Where", is_of_class, scores, constant(NO_CANDIDATE, torch.float32))
+        kept = g.op(
+            "NonMaxSuppression",
+            g.op("Unsqueeze", boxes, constant([0])),
+            g.op("Unsqueeze", of_class, constant([0])),
+            constant([limit]),
+            threshold,
+            constant([NO_CANDIDATE], torch.float32),
+        )
+        indices = g.op(
+            "Squeeze", g.op("Slice", kept, *map(constant, ([2], [3], [1]))), constant([1])
+        )
+        kept_scores = g.op("Gather", scores, indices)
+        _, order = g.op("TopK", kept_scores, g.op("Shape", kept_scores), outputs=2)
+        return g.op("Gather", indices, order).setType(classes.type().with_sizes([None]))
