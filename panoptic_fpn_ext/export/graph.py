@@ -5,7 +5,7 @@ as a loop that stays one. The modules of the network are Detectron2's, as they a
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from ..modeling.acceleration import decelerate
 from ..modeling.meta_arch import PanopticFPNExt, SemanticFPN, TwoNetworkPanopticFPN
 from ..modeling.semantic_head import logits_for_postprocessing
-from .operators import NMS, ResizePixels
+from .operators import NMS
+from .resampling import resized
 
 THRESHOLDS = ("overlap_threshold", "stuff_area_limit", "score_threshold")
 """Inputs beside the image, with the config's values by default."""
@@ -53,15 +54,23 @@ class PanopticGraph(nn.Module):
         thresholds: its inputs beside the image and their defaults; none without merging.
     """
 
-    def __init__(self, model: nn.Module, *, test_size: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        test_size: tuple[int, int],
+        resize: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = resized,
+    ) -> None:
         """
         Args:
             model: ``PanopticFPNExt``, ``SemanticFPN`` or ``TwoNetworkPanopticFPN``, in inference
                 and on the CPU; it is copied.
             test_size: ``INPUT.MIN_SIZE_TEST`` and ``INPUT.MAX_SIZE_TEST``; 0 to leave images as
                 they are.
+            resize: brings pixels (H, W, 3) uint8 to a size, (2,) int64.
         """
         super().__init__()
+        self.resize = resize
         model = decelerate(copy.deepcopy(model))
         self.instance_network, self.semantic_network, self.shares_features = _networks(model)
         self.postprocess = model.postprocess
@@ -100,7 +109,7 @@ class PanopticGraph(nn.Module):
         resized = self._resized(image, size)
         network_size = torch._shape_as_tensor(resized)[2:]
         results: dict[str, torch.Tensor] = {}
-        labels = detections = None
+        labels = detections = num_classes = None
         pixels = resized.float()
         features: Mapping[str, torch.Tensor] | None = None
         if self.postprocess.needs("sem_seg"):
@@ -108,6 +117,7 @@ class PanopticGraph(nn.Module):
             features = network.backbone(_prepared(network, pixels))
             of_branch = _of_branch(network, "semantic", features)
             logits, stride = logits_for_postprocessing(network.sem_seg_head, of_branch)
+            num_classes = logits.shape[1]
             labels = upsampled_labels(logits[0], stride, network_size, size)
         if self.postprocess.needs("instances") and self.instance_network is not None:
             network = self.instance_network
@@ -117,9 +127,7 @@ class PanopticGraph(nn.Module):
             detections = detected(network, of_branch, network_size)
             detections = brought_to(detections, network_size, size)
         if "panoptic_seg" in self.postprocess.outputs:
-            results.update(
-                merged(detections, labels, self._num_classes, self.postprocess, thresholds)
-            )
+            results |= merged(detections, labels, self.num_classes, self.postprocess, thresholds)
         if "instances" in self.postprocess.outputs:
             results |= {
                 "boxes": detections.boxes,
@@ -132,16 +140,11 @@ class PanopticGraph(nn.Module):
             results["sem_seg"] = labels.int()
         return tuple(results[name] for name in self.output_names)
 
-    @property
-    def _num_classes(self) -> int:
-        return self.semantic_network.sem_seg_head.predictor.out_channels
-
     def _resized(self, image: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
         """(1, 3, H, W) uint8 at test size, as ``ResizeShortestEdge`` chooses it."""
-        pixels = image.permute(2, 0, 1)[None]
         shortest, longest = self.test_size
         if not shortest:
-            return pixels
+            return image.permute(2, 0, 1)[None]
         height, width = size.double().unbind()
         scale = shortest / torch.minimum(height, width)
         # One side is exact: it is not computed by a product that may be rounded.
@@ -154,8 +157,7 @@ class PanopticGraph(nn.Module):
         new_size = torch.where(is_too_long, new_size * shrink, new_size)
         # Where Detectron2 comes to no row at all, one.
         new_size = (new_size + 0.5).floor().long().clamp(min=1)
-        sizes = torch.cat([torch.tensor([1, 3]), new_size])
-        return ResizePixels.apply(pixels, sizes)
+        return self.resize(image, new_size).permute(2, 0, 1)[None]
 
 
 def _networks(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None, bool]:
@@ -177,8 +179,8 @@ def _prepared(network: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     padded = size if not square else torch.full_like(size, square)
     if divisor > 1:
         padded = (padded + (divisor - 1)) // divisor * divisor
-    rows, columns = padded - size
-    return F.pad(x, (0, columns, 0, rows))
+    missing = padded - size
+    return F.pad(x, (0, missing[1], 0, missing[0]))
 
 
 def _of_branch(

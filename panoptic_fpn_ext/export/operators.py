@@ -5,10 +5,10 @@ Each computes in PyTorch what its ONNX node computes. That is what an export is 
 
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torchvision.ops import batched_nms
+
+from .resampling import resized
 
 NO_CANDIDATE = -1e30  # the score of a box in the classes that it is not of
 
@@ -21,34 +21,37 @@ class ResizePixels(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, pixels: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, pixels: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            pixels: (1, C, H, W) uint8.
-            sizes: (4,) int64, those of the result.
+            pixels: (H, W, C) uint8.
+            size: (2,) int64, height and width of the result.
         """
-        height, width = sizes[2:].tolist()
-        channels = [
-            np.asarray(Image.fromarray(channel.numpy()).resize((width, height), Image.BILINEAR))
-            for channel in pixels[0].cpu()
-        ]
-        return torch.from_numpy(np.stack(channels))[None].to(pixels.device)
+        return resized(pixels, size)
 
     @staticmethod
-    def symbolic(g: Any, pixels: Any, sizes: Any) -> Any:
+    def symbolic(g: Any, pixels: Any, size: Any) -> Any:
+        # With the channels first, which is what runtimes resize.
+        planes = g.op("Unsqueeze", g.op("Transpose", pixels, perm_i=[2, 0, 1]), _constant(g, [0]))
         nothing = g.op("Constant", value_t=torch.zeros(0))
-        return g.op(
+        planes = g.op(
             "Resize",
-            pixels,
+            planes,
             nothing,
             nothing,
-            sizes,
+            g.op("Concat", _constant(g, [1, 3]), size, axis_i=0),
             mode_s="linear",
             antialias_i=1,
             # Weights of places outside of the image go to all others, not to the border.
             exclude_outside_i=1,
             coordinate_transformation_mode_s="half_pixel",
-        ).setType(pixels.type().with_sizes([1, 3, None, None]))
+        )
+        resized = g.op("Transpose", g.op("Squeeze", planes, _constant(g, [0])), perm_i=[1, 2, 0])
+        return resized.setType(pixels.type().with_sizes([None, None, 3]))
+
+
+def _constant(g: Any, value: Any, dtype: torch.dtype = torch.int64) -> Any:
+    return g.op("Constant", value_t=torch.tensor(value, dtype=dtype))
 
 
 class NMS(torch.autograd.Function):
@@ -86,23 +89,19 @@ class NMS(torch.autograd.Function):
     def symbolic(
         g: Any, boxes: Any, scores: Any, classes: Any, threshold: Any, num_classes: int, limit: int
     ) -> Any:
-        def constant(value: Any, dtype: torch.dtype = torch.int64) -> Any:
-            return g.op("Constant", value_t=torch.tensor(value, dtype=dtype))
-
-        numbers = constant([[k] for k in range(num_classes)])
-        is_of_class = g.op("Equal", numbers, g.op("Unsqueeze", classes, constant([0])))
-        of_class = g.op("Where", is_of_class, scores, constant(NO_CANDIDATE, torch.float32))
+        numbers = _constant(g, [[k] for k in range(num_classes)])
+        is_of_class = g.op("Equal", numbers, g.op("Unsqueeze", classes, _constant(g, [0])))
+        of_class = g.op("Where", is_of_class, scores, _constant(g, NO_CANDIDATE, torch.float32))
         kept = g.op(
             "NonMaxSuppression",
-            g.op("Unsqueeze", boxes, constant([0])),
-            g.op("Unsqueeze", of_class, constant([0])),
-            constant([limit]),
+            g.op("Unsqueeze", boxes, _constant(g, [0])),
+            g.op("Unsqueeze", of_class, _constant(g, [0])),
+            _constant(g, [limit]),
             threshold,
-            constant([NO_CANDIDATE], torch.float32),
+            _constant(g, [NO_CANDIDATE], torch.float32),
         )
-        indices = g.op(
-            "Squeeze", g.op("Slice", kept, *map(constant, ([2], [3], [1]))), constant([1])
-        )
+        bounds = (_constant(g, value) for value in ([2], [3], [1]))
+        indices = g.op("Squeeze", g.op("Slice", kept, *bounds), _constant(g, [1]))
         kept_scores = g.op("Gather", scores, indices)
         _, order = g.op("TopK", kept_scores, g.op("Shape", kept_scores), outputs=2)
         return g.op("Gather", indices, order).setType(classes.type().with_sizes([None]))
