@@ -3,7 +3,15 @@
 from .checkpoint import trained_model
 from .interruption import Interrupted
 from .launch import launch
-from .setup import setup, setup_prediction
+from .setup import setup, setup_prediction, setup_trained
 from .trainer import Trainer
 
-__all__ = ["Interrupted", "Trainer", "launch", "setup", "setup_prediction", "trained_model"]
+__all__ = [
+    "Interrupted",
+    "Trainer",
+    "launch",
+    "setup",
+    "setup_prediction",
+    "setup_trained",
+    "trained_model",
+]

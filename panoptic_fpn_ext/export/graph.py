@@ -127,7 +127,7 @@ class PanopticGraph(nn.Module):
             detections = detected(network, of_branch, network_size)
             detections = brought_to(detections, network_size, size)
         if "panoptic_seg" in self.postprocess.outputs:
-            results |= merged(detections, labels, self.num_classes, self.postprocess, thresholds)
+            results |= merged(detections, labels, int(num_classes), self.postprocess, thresholds)
         if "instances" in self.postprocess.outputs:
             results |= {
                 "boxes": detections.boxes,

@@ -5,12 +5,9 @@ as shrinking takes (antialiasing), in fixed point, along the rows and then along
 rounded to 8 bits (Pillow's ``Resample.c``).
 """
 
-from typing import Final
-
 import torch
 
-SCALE: Final[int] = 2**22  # of Pillow's weights
-HALF: Final[int] = 2**21
+SCALE = 2**22  # of Pillow's weights; what is scripted has it, and a half, as a literal
 
 
 def resized(image: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
@@ -58,11 +55,11 @@ def _columns(
     image: torch.Tensor, number: torch.Tensor, places: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
     if int(image.size(1)) != int(number):
-        total = torch.zeros_like(image[:, :1], dtype=torch.int32) + HALF
+        total = torch.zeros_like(image[:, :1], dtype=torch.int32) + 2097152
         for k in range(weights.size(0)):
             pixels = image.index_select(1, places[k]).to(torch.int32)
             total = total + pixels * weights[k].unsqueeze(1)
-        total = torch.div(total, SCALE, rounding_mode="trunc")
+        total = torch.div(total, 4194304, rounding_mode="trunc")
         image = total.clamp(0, 255).to(torch.uint8)
     return image
 
@@ -72,10 +69,10 @@ def _rows(
     image: torch.Tensor, number: torch.Tensor, places: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
     if int(image.size(0)) != int(number):
-        total = torch.zeros_like(image[:1], dtype=torch.int32) + HALF
+        total = torch.zeros_like(image[:1], dtype=torch.int32) + 2097152
         for k in range(weights.size(0)):
             pixels = image.index_select(0, places[k]).to(torch.int32)
             total = total + pixels * weights[k].unsqueeze(1).unsqueeze(1)
-        total = torch.div(total, SCALE, rounding_mode="trunc")
+        total = torch.div(total, 4194304, rounding_mode="trunc")
         image = total.clamp(0, 255).to(torch.uint8)
     return image
