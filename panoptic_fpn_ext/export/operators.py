@@ -5,10 +5,10 @@ Each computes in PyTorch what its ONNX node computes. That is what an export is 
 
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torchvision.ops import batched_nms
-
-from .resampling import resized
 
 NO_CANDIDATE = -1e30  # the score of a box in the classes that it is not of
 
@@ -27,7 +27,9 @@ class ResizePixels(torch.autograd.Function):
             pixels: (H, W, C) uint8.
             size: (2,) int64, height and width of the result.
         """
-        return resized(pixels, size)
+        height, width = size.tolist()
+        image = Image.fromarray(pixels.numpy()).resize((width, height), Image.BILINEAR)
+        return torch.from_numpy(np.array(image))
 
     @staticmethod
     def symbolic(g: Any, pixels: Any, size: Any) -> Any:

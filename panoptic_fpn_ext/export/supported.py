@@ -1,9 +1,9 @@
 """What can be exported, and in one line what cannot."""
 
 import contextlib
+import io
 from collections.abc import Iterator
 
-import torch
 from detectron2.config import CfgNode
 from torch import nn
 
@@ -59,7 +59,8 @@ def naming_the_part(cfg: CfgNode, model: nn.Module) -> Iterator[None]:
         UserError: see there.
     """
     try:
-        yield
+        with contextlib.redirect_stdout(io.StringIO()):  # the exporter prints the whole graph
+            yield
     except (UserError, OSError):
         raise
     except Exception as error:
@@ -84,7 +85,3 @@ def _key_of(cfg: CfgNode, model: nn.Module) -> str:
                     return key
     return f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE}"
 
-
-def is_on_cpu(model: nn.Module) -> bool:
-    """Whether all parameters are on the CPU."""
-    return all(p.device == torch.device("cpu") for p in model.parameters())
