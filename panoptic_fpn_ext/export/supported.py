@@ -84,4 +84,3 @@ def _key_of(cfg: CfgNode, model: nn.Module) -> str:
                 if name in path.split("."):
                     return key
     return f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE}"
-
