@@ -176,7 +176,7 @@ def overlay(
     random = np.random.default_rng(0)
     for segment in segments:
         varied = random.uniform(-40, 40, 3) if segment["isthing"] else 0
-        colors[segment["id"]] = np.clip(model.category(segment)["color"] + varied, 0, 255)
+        colors[segment["id"]] = np.clip(np.array(model.category(segment)["color"]) + varied, 0, 255)
     drawn = np.where(ids[..., None] > 0, rgb * (1 - OPACITY) + colors[ids] * OPACITY, rgb)
     edge = np.zeros(ids.shape, bool)
     edge[1:] |= ids[1:] != ids[:-1]
