@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ..modeling.acceleration import decelerate
 from ..modeling.meta_arch import PanopticFPNExt, SemanticFPN, TwoNetworkPanopticFPN
 from ..modeling.semantic_head import logits_for_postprocessing
-from .operators import NMS
+from .operators import kept_by_nms
 from .resampling import resized
 
 THRESHOLDS = ("overlap_threshold", "stuff_area_limit", "score_threshold")
@@ -293,7 +293,7 @@ def proposals(
     boxes, scores, numbers = boxes[valid], scores[valid], numbers[valid]
     limit = rpn.post_nms_topk[False]
     threshold = torch.tensor([rpn.nms_thresh])
-    kept = NMS.apply(boxes, scores, numbers, threshold, len(levels), limit)[:limit]
+    kept = kept_by_nms(boxes, scores, numbers, threshold, len(levels), limit)[:limit]
     return boxes[kept]
 
 
@@ -315,7 +315,7 @@ def _best(
     limit = predictor.test_topk_per_image
     threshold = torch.tensor([predictor.test_nms_thresh])
     most = limit if limit >= 0 else 2**31
-    kept = NMS.apply(boxes, scores, classes, threshold, num_classes, most)
+    kept = kept_by_nms(boxes, scores, classes, threshold, num_classes, most)
     if limit >= 0:
         kept = kept[:limit]
     return boxes[kept], scores[kept], classes[kept]
@@ -445,7 +445,7 @@ def merged(
         numbers = (detections.scores.double() >= score_threshold).nonzero()[:, 0]
         nms_threshold = postprocess.merging["nms_thresh"]
         if nms_threshold < 1:
-            kept = NMS.apply(
+            kept = kept_by_nms(
                 detections.boxes[numbers],
                 detections.scores[numbers],
                 torch.zeros_like(numbers),

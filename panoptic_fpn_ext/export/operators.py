@@ -107,3 +107,30 @@ class NMS(torch.autograd.Function):
         kept_scores = g.op("Gather", scores, indices)
         _, order = g.op("TopK", kept_scores, g.op("Shape", kept_scores), outputs=2)
         return g.op("Gather", indices, order).setType(classes.type().with_sizes([None]))
+
+
+def kept_by_nms(
+    boxes: torch.Tensor,
+    scores: torch.Tensor,
+    classes: torch.Tensor,
+    threshold: torch.Tensor,
+    num_classes: int,
+    limit: int,
+) -> torch.Tensor:
+    """See :class:`NMS`; for TorchScript as a loop over the classes."""
+    if torch.onnx.is_in_onnx_export():
+        return NMS.apply(boxes, scores, classes, threshold, num_classes, limit)
+    return _kept_class_by_class(boxes, scores, classes, threshold)
+
+
+@torch.jit.script_if_tracing
+def _kept_class_by_class(
+    boxes: torch.Tensor, scores: torch.Tensor, classes: torch.Tensor, threshold: torch.Tensor
+) -> torch.Tensor:
+    kept = torch.zeros_like(scores, dtype=torch.bool)
+    for number in torch.unique(classes):
+        places = (classes == number).nonzero()[:, 0]
+        best = torch.ops.torchvision.nms(boxes[places], scores[places], float(threshold))
+        kept[places[best]] = True
+    indices = kept.nonzero()[:, 0]
+    return indices[scores[indices].argsort(descending=True)]
