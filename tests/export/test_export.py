@@ -87,26 +87,30 @@ def exported(shapes, tmp_path) -> Callable:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_says_what_the_model_says_of_images_of_any_size(exported, name) -> None:
-    cfg, model, onnx = exported(*SETTINGS[name])
+    """Not resized: that may change a pixel by one, and a network that has learned nothing finds
+    all boxes and classes about equally good."""
+    cfg, model, onnx = exported("INPUT.MIN_SIZE_TEST", "0", *SETTINGS[name])
     counts = []
     for image in images():
-        expected = in_pytorch(cfg, model, image)
-        agreement = compared(expected, onnx(image))
-        # Scores and classes of random weights are close to each other: pixels resized by one
-        # level otherwise may change more than those of a network that has learned something.
-        assert agreement.labels > 0.98, agreement
-        assert agreement.box < 0.5 or not agreement.same_segments, agreement
+        agreement = compared(in_pytorch(cfg, model, image), onnx(image))
+        assert agreement.is_good, agreement
         counts.append(agreement.instances)
     if name != "semantic FPN":
         assert max(counts) >= 15
 
 
-@pytest.mark.parametrize("form", ["onnx", "torchscript"])
-def test_is_exact_where_nothing_is_resized(exported, form) -> None:
-    cfg, model, run = exported("INPUT.MIN_SIZE_TEST", "0", form=form)
-    for image in images()[:1] + images()[2:4]:
+def test_torchscript_says_the_same(exported) -> None:
+    cfg, model, run = exported(form="torchscript")
+    for image in images():
         agreement = compared(in_pytorch(cfg, model, image), run(image))
         assert agreement.is_good, agreement
+
+
+@pytest.mark.parametrize("size", [(30, 41), (41, 30), (40, 200), (300, 100), (64, 64)])
+def test_resizes_to_the_test_size(exported, size) -> None:
+    cfg, model, onnx = exported("MODEL.META_ARCHITECTURE", "SemanticFPN")
+    image = np.random.default_rng(2).integers(0, 256, (*size, 3), dtype=np.uint8)
+    assert compared(in_pytorch(cfg, model, image), onnx(image)).labels > 0.97
 
 
 def test_no_instances_at_all(exported) -> None:
@@ -231,7 +235,7 @@ def test_the_tool_checks_and_the_example_runs_without_pytorch(trained, shapes, t
         capture_output=True,
         text=True,
     )
-    assert run.returncode in (0, 1), run.stderr
+    assert run.returncode == 0, run.stderr
     assert "of 11 images agree" in run.stdout
 
     example = ["examples/onnx_predict.py", tmp_path / "model.onnx", shapes / "val"]
