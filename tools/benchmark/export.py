@@ -1,4 +1,4 @@
-"""One image through the exported ONNX graph, our model and Detectron2's, from pixels to segments."""
+"""One image, from pixels to segments, by the exported ONNX graph, our model and Detectron2's."""
 
 import argparse
 import json
