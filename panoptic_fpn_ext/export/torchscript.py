@@ -65,5 +65,5 @@ class TorchScriptModel:
         """The outputs of an image (H, W, 3) uint8, by name."""
         values = ({**self.thresholds, **thresholds}[name] for name in self.thresholds)
         inputs = [torch.tensor([value], dtype=torch.float64) for value in values]
-        outputs = self.function(torch.from_numpy(image), *inputs)
+        outputs = self.function(torch.from_numpy(np.array(image)), *inputs)
         return {k: v.numpy() for k, v in zip(self.output_names, outputs, strict=True)}
