@@ -26,12 +26,14 @@ from .data import PanopticFPNMapper, register_panoptic_dataset
 from .errors import UserError
 from .evaluation import PanopticQualityEvaluator, SemSegIoUEvaluator, build_evaluator
 from .modeling import accelerate, decelerate
+from .prediction import Predictor, write_instance_results, write_panoptic_results
 
 __version__ = "0.1.0"
 
 __all__ = [
     "PanopticFPNMapper",
     "PanopticQualityEvaluator",
+    "Predictor",
     "SemSegIoUEvaluator",
     "UserError",
     "accelerate",
@@ -41,4 +43,6 @@ __all__ = [
     "decelerate",
     "modeling",
     "register_panoptic_dataset",
+    "write_instance_results",
+    "write_panoptic_results",
 ]

@@ -3,7 +3,7 @@
 from .checkpoint import trained_model
 from .interruption import Interrupted
 from .launch import choose_processes, launch
-from .setup import setup, setup_prediction
+from .setup import setup, setup_prediction, setup_trained
 from .trainer import Trainer
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "launch",
     "setup",
     "setup_prediction",
+    "setup_trained",
     "trained_model",
 ]

@@ -105,6 +105,24 @@ def setup_prediction(config_file: str, opts: list[str], *, dataset: str | None =
     return cfg
 
 
+def setup_trained(config_file: str, opts: list[str]) -> CfgNode:
+    """The frozen config of a trained network, with its outputs; its datasets need not be here.
+
+    Args:
+        config_file, opts: see :func:`setup_prediction`.
+
+    Raises:
+        UserError: as :func:`setup`.
+    """
+    cfg = _read(config_file, opts)
+    if not cfg.MODEL.WEIGHTS:
+        raise UserError("no weights: add MODEL.WEIGHTS FILE")
+    cfg = resolve_config(cfg)
+    _check_trained_classes(cfg, os.path.dirname(cfg.MODEL.WEIGHTS))
+    cfg.freeze()
+    return cfg
+
+
 def _read(config_file: str, opts: list[str]) -> CfgNode:
     """A config from a file and options KEY VALUE, its datasets registered."""
     cfg = get_cfg()

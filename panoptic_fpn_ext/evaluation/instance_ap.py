@@ -229,7 +229,7 @@ class InstanceAPEvaluator(ImageEvaluator[ImageInstances]):
         separator = b"["
         with open(partial, "wb") as file:
             for (image_id, _), image in images.items():
-                for result in _results(image_id, image, category_ids):
+                for result in coco_results(image_id, image, category_ids):
                     file.write(separator + msgspec.json.encode(result))
                     separator = b",\n"
             file.write(b"[]" if separator == b"[" else b"]")
@@ -341,7 +341,7 @@ def _area(annotation: Mapping[str, Any], size: Mapping[str, int]) -> float:
     return float(mask_util.area(mask_util.merge(mask) if isinstance(mask, list) else mask))
 
 
-def _results(
+def coco_results(
     image_id: Hashable, image: ImageInstances, category_ids: Mapping[int, int]
 ) -> Iterator[dict[str, Any]]:
     """The predictions of an image in the COCO result format, with Detectron2's fields."""

@@ -6,6 +6,7 @@
     python tools/benchmark inference --growth --rounds 3
     python tools/benchmark training --images 2
     python tools/benchmark acceleration
+    python tools/benchmark export --rounds 5
     python tools/benchmark launches
     python tools/benchmark loading --rounds 1
     python tools/benchmark plot inference.json training.json --output speed.svg
@@ -35,6 +36,7 @@ import torch
 from benchmark.acceleration import acceleration
 from benchmark.eval_only import eval_only
 from benchmark.evaluation import evaluation
+from benchmark.export import export
 from benchmark.frame import environment, use_cores
 from benchmark.inference import DETECTIONS, OUTPUT_CHOICES, inference
 from benchmark.kernels import kernels
@@ -161,6 +163,16 @@ def parser() -> argparse.ArgumentParser:
         help="models of Detectron2's zoo, as they are and accelerated",
     )
     command.set_defaults(run=acceleration)
+
+    command = subcommands.add_parser(
+        "export",
+        parents=[common, models],
+        help="an image, from pixels, by the exported ONNX graph and by both models, on a CPU",
+    )
+    command.add_argument(
+        "--profile", action="store_true", help="also where ONNX Runtime's time goes"
+    )
+    command.set_defaults(run=export)
 
     command = subcommands.add_parser(
         "launches", help="how many operators a step and an image take, and how often they wait"
