@@ -117,6 +117,12 @@ def add_panoptic_fpn_config(cfg: CfgNode) -> None:
     # Write OUTPUT_DIR/inference/<dataset>_submission.zip, which the panoptic test servers of COCO
     # and Cityscapes take, whenever a dataset is evaluated.
     cfg.TEST.SUBMISSION = False
+    # Write OUTPUT_DIR/inference/report.html whenever a dataset is evaluated (docs/ANALYSIS.md).
+    cfg.TEST.REPORT = True
+    # 95 % intervals of PQ, mIoU and AP among the scores, as <metric>_low and <metric>_high.
+    cfg.TEST.INTERVALS = False
+    # Boundary PQ among the scores, as boundary_PQ, boundary_PQ_th and boundary_PQ_st.
+    cfg.TEST.BOUNDARY_PQ = False
 
     # Only ways of computing that give the same bits each time, on CPUs; on GPUs where PyTorch has
     # them. With SEED a run can be repeated then.
@@ -291,6 +297,10 @@ def _with_backbone(name: str) -> tuple[Callable[[CfgNode], bool], str]:
     return lambda cfg: name == cfg.MODEL.BACKBONE.NAME, f"MODEL.BACKBONE.NAME {name}"
 
 
+_OUR_EVALUATORS = (
+    lambda cfg: cfg.TEST.EVALUATORS == "panoptic_fpn_ext",
+    "TEST.EVALUATORS panoptic_fpn_ext",
+)
 _CROPS = (lambda cfg: cfg.INPUT.CROP.ENABLED, "INPUT.CROP.ENABLED True")
 _SGD = (lambda cfg: cfg.SOLVER.OPTIMIZER == "SGD", "SOLVER.OPTIMIZER SGD")
 
@@ -326,6 +336,8 @@ _CONDITIONS: dict[str, tuple[Callable[[CfgNode], bool], str]] = {
         lambda cfg: cfg.TEST.EVALUATORS == "detectron2",
         "TEST.EVALUATORS detectron2",
     ),
+    "TEST.INTERVALS": _OUR_EVALUATORS,
+    "TEST.BOUNDARY_PQ": _OUR_EVALUATORS,
     "INPUT.CROP.AFTER_RESIZE": _CROPS,
     "INPUT.CROP.HOLD_INSTANCE": _CROPS,
     "SOLVER.MOMENTUM": _SGD,

@@ -23,6 +23,9 @@ from panoptic_fpn_ext.evaluation import (
 
 DATASET = "evaluation_build_test"
 
+INTERVALS = [f"panoptic_seg/PQ{kind}" for kind in ("", "_th", "_st")]
+INTERVALS += ["sem_seg/mIoU", "bbox/AP", "segm/AP"]
+
 
 def config(**keys) -> CfgNode:
     cfg = get_cfg()
@@ -195,3 +198,28 @@ def test_the_panoptic_datasets_of_detectron2_are_evaluated(
     assert panoptic[f"PQ-{classes[sky]}"] == 100
     assert semantic["mIoU"] == semantic[sem_seg_of_car] == 100
     assert scores["bbox"]["AP-car"] == scores["segm"]["AP-car"] == pytest.approx(100)
+
+
+def test_intervals_and_boundary_by_key(shapes_predictions, tmp_path):
+    records, outputs = shapes_predictions
+    scores = {}
+    for on in (False, True):
+        cfg = config(TEST__INTERVALS=on, TEST__BOUNDARY_PQ=on)
+        evaluator = build_evaluator(cfg, "shapes_val", str(tmp_path))
+        evaluator.reset()
+        evaluator.process(records, outputs)
+        scores[on] = evaluator.evaluate()
+        assert not evaluator.failures
+    for task, metrics in scores[False].items():
+        assert metrics.items() <= scores[True][task].items()
+    extra = {
+        f"{task}/{key}": value
+        for task, metrics in scores[True].items()
+        for key, value in metrics.items()
+        if key not in scores[False][task]
+    }
+    ends = {f"{key}_{end}" for key in INTERVALS for end in ("low", "high")}
+    assert extra.keys() == ends | {f"panoptic_seg/boundary_PQ{k}" for k in ("", "_th", "_st")}
+    for key in INTERVALS:
+        task, metric = key.split("/")
+        assert extra[f"{key}_low"] < scores[True][task][metric] < extra[f"{key}_high"]
