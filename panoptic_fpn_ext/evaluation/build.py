@@ -34,6 +34,7 @@ from .registry import (
     EvaluatorBuilder,
     needs,
 )
+from .report import ReportWriter
 from .sem_seg_iou import SemSegIoUEvaluator
 from .submission import PanopticSubmissionWriter
 
@@ -141,6 +142,12 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Inde
             evaluator.scores_intervals = cfg.TEST.INTERVALS
         if isinstance(evaluator, PanopticQualityEvaluator):
             evaluator.boundary = cfg.TEST.BOUNDARY_PQ
+    if cfg.TEST.REPORT and any(isinstance(e, PanopticQualityEvaluator) for e in evaluators):
+        ours = [e for e in evaluators if isinstance(e, ImageEvaluator)]
+        # After those whose results it shows.
+        evaluators.append(
+            ReportWriter(folder=output_folder, dataset_name=dataset_name, evaluators=ours, cfg=cfg)
+        )
     if cfg.TEST.SUBMISSION:
         # The first, because Detectron2's evaluators change the predictions.
         evaluators.insert(0, PanopticSubmissionWriter.from_dataset(dataset_name, output_folder))

@@ -51,7 +51,7 @@ class PanopticQualityEvaluator(ImageEvaluator[PanopticImage]):
         super().__init__(distributed=distributed)
         self.boundary = boundary
         of_things = set(thing_sem_seg_ids)
-        self._names: dict[Category, str] = {
+        self.names: dict[Category, str] = {
             **{(True, i): name for i, name in enumerate(thing_classes)},
             **{(False, i): name for i, name in enumerate(stuff_classes) if i not in of_things},
         }
@@ -126,7 +126,7 @@ class PanopticQualityEvaluator(ImageEvaluator[PanopticImage]):
             scores |= {f"PQ{suffix}": pq, f"SQ{suffix}": sq, f"RQ{suffix}": rq}
         for metric in ("PQ", "SQ", "RQ"):
             for category, total in totals.items():
-                scores[f"{metric}-{self._names[category]}"] = 100 * getattr(total, metric.lower())
+                scores[f"{metric}-{self.names[category]}"] = 100 * getattr(total, metric.lower())
 
         if self.boundary:
             of_borders = self._totals(image.boundary or {} for image in images.values())
@@ -138,22 +138,22 @@ class PanopticQualityEvaluator(ImageEvaluator[PanopticImage]):
         """Those of ``PQ``, ``PQ_th`` and ``PQ_st``."""
         if not self.images:
             return {}
-        counts = image_counts([i.matches for i in self.images.values()], list(self._names))
-        samples = resampled_pq(counts, list(self._names), resamples(len(self.images)))
+        counts = image_counts([i.matches for i in self.images.values()], list(self.names))
+        samples = resampled_pq(counts, list(self.names), resamples(len(self.images)))
         return {"panoptic_seg": {key: ends(values) for key, values in samples.items()}}
 
     def analysis(self) -> dict[str, Any]:
         """What is lost where, after :meth:`evaluate`; see :func:`~.analysis.analysis`."""
-        return analysis(self.images.values(), self._names)
+        return analysis(self.images.values(), self.names)
 
     def _totals(
         self, images: Iterable[Mapping[Category, CategoryMatches]]
     ) -> dict[Category, CategoryMatches]:
-        return totals_of(images, self._names)
+        return totals_of(images, self.names)
 
     def _check_categories(self, segments: Iterable[Mapping[str, Any]], source: str) -> None:
         for segment in segments:
-            if category_of(segment) not in self._names:
+            if category_of(segment) not in self.names:
                 kind = "thing" if segment["isthing"] else "stuff"
                 raise UserError(
                     f"{source}: segment {segment['id']} has category_id {segment['category_id']}, "
@@ -172,7 +172,7 @@ class PanopticQualityEvaluator(ImageEvaluator[PanopticImage]):
         )
         rows = [
             (
-                self._names[category],
+                self.names[category],
                 *(100 * quality for quality in (total.pq, total.sq, total.rq)),
                 *(total.true_positives, total.false_positives, total.false_negatives),
             )
