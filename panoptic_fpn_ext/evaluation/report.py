@@ -424,8 +424,8 @@ def render(data: Mapping[str, Any]) -> str:
     page = files(__package__) / "page"
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((page / "report.html.jinja").read_text("utf-8"))
-    pictures = json.dumps(_json(data["pictures"])).replace("<", "\\u003c")
-    groups = json.dumps(data["groups"]).replace("<", "\\u003c")
+    pictures = json.dumps(_json(data["pictures"])).replace("<", r"\u003c")
+    groups = json.dumps(data["groups"]).replace("<", r"\u003c")
     return template.render(
         data=_json({k: v for k, v in data.items() if k not in ("pictures", "groups")}),
         kinds=KIND_TEXTS,

@@ -68,7 +68,7 @@
     const picture = pictures[number()], [width, height] = picture.size;
     for (const canvas of canvases) {
       [canvas.width, canvas.height] = [width, height];
-      const context = canvas.getContext("2d");
+      const context = canvas.getContext("2d", { willReadFrequently: true });
       context.drawImage(state.image, 0, 0);
       const map = shown(canvas.dataset.map);
       if (map === "none" || !state.overlay) continue;
@@ -78,7 +78,8 @@
         const segment = list[index[k] - 1];
         if (!segment) continue;
         const paint = colour.value === "kind" ? KINDS[segment[1]] || FOUND : segment[4];
-        const edge = index[k] !== index[k + 1] || index[k] !== index[k + width];
+        const edge = ((k + 1) % width && index[k] !== index[k + 1]) ||
+          (k + width < index.length && index[k] !== index[k + width]);
         let share = edge ? Math.min(1, alpha * 1.6) : alpha;
         if (highlight && highlight.map === map && highlight.index === index[k]) share = edge ? 1 : 0.15;
         for (let c = 0; c < 3; c++) data[4 * k + c] += share * (paint[c] * (edge ? 0.6 : 1) - data[4 * k + c]);
