@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 
-from .panoptic_maps import joint_counts
+from .panoptic_maps import joint_counts, segment_places
 from .panoptic_matching import SegmentTable
 
 WIDTH = 0.02  # of a border, as a share of the image's diagonal; the paper's
@@ -18,9 +18,12 @@ def border(numbers: np.ndarray) -> np.ndarray:
         numbers: (H, W) integers below 2**16, which segment each pixel belongs to.
     """
     width = max(1, round(WIDTH * float(np.hypot(*numbers.shape))))
-    kernel = np.ones((2 * width + 1, 2 * width + 1), np.uint8)
     padded = np.pad(numbers.astype(np.uint16), width, constant_values=2**16 - 1)
-    changes = cv2.dilate(padded, kernel) != cv2.erode(padded, kernel)
+    most = least = padded
+    for shape in ((2 * width + 1, 1), (1, 2 * width + 1)):  # a square, many times faster
+        kernel = np.ones(shape, np.uint8)
+        most, least = cv2.dilate(most, kernel), cv2.erode(least, kernel)
+    changes = most != least
     return changes[width:-width, width:-width]
 
 
@@ -31,8 +34,8 @@ def boundary_iou(table: SegmentTable, gt_ids: np.ndarray, pred_ids: np.ndarray) 
         table: the segments and how they overlap.
         gt_ids, pred_ids: the maps that it was counted in, (H, W).
     """
-    gt = _numbers(gt_ids, [s["id"] for s in table.gt_segments])
-    pred = _numbers(pred_ids, [s["id"] for s in table.pred_segments])
+    gt = segment_places(gt_ids, [s["id"] for s in table.gt_segments])
+    pred = segment_places(pred_ids, [s["id"] for s in table.pred_segments])
     gt_border, pred_border = border(gt), border(pred)
     shape = len(table.gt_segments) + 1, len(table.pred_segments) + 1
     gt_area = np.bincount(gt[gt_border], minlength=shape[0])
@@ -44,11 +47,3 @@ def boundary_iou(table: SegmentTable, gt_ids: np.ndarray, pred_ids: np.ndarray) 
         of_borders = np.where(union > 0, common / np.maximum(union, 1), 0.0)
         of_masks = np.where(table.union > 0, table.intersection / np.maximum(table.union, 1), 0.0)
     return np.minimum(of_borders, of_masks)
-
-
-def _numbers(ids: np.ndarray, segment_ids: list[int]) -> np.ndarray:
-    """Which segment, counted from 1, each pixel belongs to; 0 is void."""
-    values, inverse = np.unique(ids, return_inverse=True)
-    place = {segment_id: k for k, segment_id in enumerate(segment_ids, 1)}
-    table = np.array([place.get(value, 0) for value in values.tolist()], np.int64)
-    return table[inverse].reshape(ids.shape)

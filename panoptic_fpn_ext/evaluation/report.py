@@ -32,8 +32,9 @@ from ..data.label_space import thing_sem_seg_ids, with_isthing
 from ..data.mapper import read_image
 from .analysis import IGNORED, MATCH, PanopticImage
 from .base import ImageEvaluator
+from .instance_ap import InstanceAPEvaluator
 from .panoptic_errors import KINDS
-from .panoptic_maps import read_ground_truth
+from .panoptic_maps import read_ground_truth, segment_places
 from .panoptic_matching import Category
 from .panoptic_quality import PanopticQualityEvaluator
 from .sem_seg_iou import SemSegIoUEvaluator
@@ -44,6 +45,7 @@ LONG_SIDE = 480  # of pictures, in pixels
 WORST, BEST, RANDOM, OF_EACH = 12, 6, 6, 2
 MOST_IMAGES = 80
 CONFUSIONS = 25
+FEW_IMAGES = 1000  # with more the interval of AP takes minutes: TEST.INTERVALS asks for it
 
 KIND_TEXTS = {
     "class": ("Wrong class", "right outline, another class"),
@@ -165,7 +167,10 @@ class ReportWriter(ImageEvaluator[ImagePrediction]):
         intervals: dict[str, dict[str, tuple[float, float]]] = {}
         for evaluator in self._evaluators:
             scores |= evaluator.scores
-            if evaluator.images:
+            is_slow = isinstance(evaluator, InstanceAPEvaluator) and (
+                len(evaluator.images) > FEW_IMAGES and not evaluator.scores_intervals
+            )
+            if evaluator.images and not is_slow:
                 intervals |= evaluator.intervals()
         result = panoptic.analysis()
         for entry in result["classes"]:
@@ -347,16 +352,12 @@ def _index_png(ids: np.ndarray, segment_ids: Sequence[int]) -> bytes:
 
     Segments beyond the 255th are void in it.
     """
-    small = cv2.resize(
-        np.ascontiguousarray(ids, np.int32).astype(np.float64),
-        _small(ids.shape),
-        interpolation=cv2.INTER_NEAREST,
-    ).astype(np.int64)
-    values, inverse = np.unique(small, return_inverse=True)
-    place = {int(segment_id): k for k, segment_id in enumerate(segment_ids, 1)}
-    table = np.array([place.get(value, 0) for value in values.tolist()])
-    table = np.where(table < 256, table, 0).astype(np.uint8)
-    _, png = cv2.imencode(".png", table[inverse].reshape(small.shape))
+    (height, width), (small_width, small_height) = ids.shape, _small(ids.shape)
+    rows = (2 * np.arange(small_height) + 1) * height // (2 * small_height)
+    columns = (2 * np.arange(small_width) + 1) * width // (2 * small_width)
+    places = segment_places(ids[rows][:, columns], segment_ids)
+    fast = [cv2.IMWRITE_PNG_COMPRESSION, 1]
+    _, png = cv2.imencode(".png", np.where(places < 256, places, 0).astype(np.uint8), fast)
     return png.tobytes()
 
 
