@@ -23,6 +23,7 @@ from panoptic_fpn_ext import UserError
 from panoptic_fpn_ext.evaluation.analysis import resampled_pq
 from panoptic_fpn_ext.evaluation.bootstrap import ends, resamples
 
+DIFFERENCES = ("", ".1f", ".1f", "+.1f", "+.1f", "+.1f", "")
 CHANGED_IMAGES = 5  # of those better, and of those worse
 
 
@@ -165,7 +166,7 @@ def text(result: dict[str, Any]) -> str:
     headers = ("PQ of", "A", "B", "B - A", "low", "high", "")
     parts = [
         f"{result['images']} images; * where the 95 % interval of the difference does not hold 0",
-        tabulate(rows, headers, tablefmt="github", floatfmt="+.1f"),
+        tabulate(rows, headers, tablefmt="github", floatfmt=DIFFERENCES),
     ]
     if any(result["left_out"]):
         parts.append("images of one run alone: A {}, B {}".format(*result["left_out"]))
@@ -176,7 +177,7 @@ def text(result: dict[str, Any]) -> str:
         rows = [(c["image"], c["a"], c["b"], c["difference"]) for c in result[which]]
         if rows:
             headers = (f"most {which}", "A", "B", "B - A")
-            parts.append(tabulate(rows, headers, tablefmt="github", floatfmt="+.1f"))
+            parts.append(tabulate(rows, headers, tablefmt="github", floatfmt=DIFFERENCES))
     return "\n\n".join(parts)
 
 

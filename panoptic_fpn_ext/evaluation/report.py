@@ -366,12 +366,14 @@ def _url(kind: str, content: bytes) -> str:
 
 
 def _image_counts(panoptic: PanopticQualityEvaluator) -> list[list[Any]]:
-    """Of each image its file, and for each of its categories: place, sum of IoUs, matches, false
+    """Of each image its name, and for each of its categories: place, sum of IoUs, matches, false
     positives, false negatives."""
     place = {category: k for k, category in enumerate(panoptic.names)}
+    files = [file_name for _, file_name in panoptic.images]
+    root = os.path.commonpath([os.path.dirname(name) for name in files])
     return [
         [
-            os.path.basename(file_name),
+            os.path.relpath(file_name, root),
             [
                 [place[c], math.fsum(m.ious), len(m.ious), m.false_positives, m.false_negatives]
                 for c, m in image.matches.items()
