@@ -14,6 +14,7 @@ import random
 import shlex
 import sys
 import time
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -269,21 +270,17 @@ def _chosen(panoptic: PanopticQualityEvaluator) -> list[tuple[str, list[Any]]]:
         (f"Random {RANDOM}", random.Random(0).sample(ranked, min(RANDOM, len(ranked)))),
     ]
 
-    def most(number: Any) -> list[Any]:
-        counted = [(number(image), key) for key, image in found.items()]
-        return [key for n, key in sorted(counted, key=lambda pair: -pair[0])[:OF_EACH] if n]
-
-    for kind in KINDS:
-        title = f"Most errors: {KIND_TEXTS[kind][0].lower()}"
-        chosen.append((title, most(lambda i, kind=kind: sum(s.state == kind for s in i.segments))))
-    for category, name in panoptic.names.items():
-
-        def errors(image: PanopticImage, category: Category = category) -> int:
-            return sum(
-                s.category == category and s.state not in (MATCH, IGNORED) for s in image.segments
-            )
-
-        chosen.append((f"Worst of class: {name}", most(errors)))
+    # Of each kind and category how many errors which images have.
+    counts: dict[Any, Counter] = defaultdict(Counter)
+    for key, image in found.items():
+        for segment in image.segments:
+            if segment.state not in (MATCH, IGNORED):
+                counts[segment.state][key] += 1
+                counts[segment.category][key] += 1
+    titles = {kind: f"Most errors: {KIND_TEXTS[kind][0].lower()}" for kind in KINDS}
+    titles |= {category: f"Worst of class: {name}" for category, name in panoptic.names.items()}
+    for what, title in titles.items():
+        chosen.append((title, [key for key, _ in counts[what].most_common(OF_EACH)]))
     return chosen
 
 
