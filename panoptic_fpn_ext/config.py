@@ -117,6 +117,12 @@ def add_panoptic_fpn_config(cfg: CfgNode) -> None:
     # Write OUTPUT_DIR/inference/<dataset>_submission.zip, which the panoptic test servers of COCO
     # and Cityscapes take, whenever a dataset is evaluated.
     cfg.TEST.SUBMISSION = False
+    # Write OUTPUT_DIR/inference/report.html whenever a dataset is evaluated (docs/ANALYSIS.md).
+    cfg.TEST.REPORT = True
+    # 95 % intervals of PQ, mIoU and AP among the scores, as <metric>_low and <metric>_high.
+    cfg.TEST.INTERVALS = False
+    # Boundary PQ among the scores, as boundary_PQ, boundary_PQ_th and boundary_PQ_st.
+    cfg.TEST.BOUNDARY_PQ = False
 
     # Keep model_best.pth, of the best score of this name among the evaluations of TEST.EVAL_PERIOD:
     # "panoptic_seg/PQ", say; with several datasets "<dataset>/panoptic_seg/PQ"; or, smaller being
@@ -304,6 +310,10 @@ def _with_backbone(name: str) -> tuple[Callable[[CfgNode], bool], str]:
     return lambda cfg: name == cfg.MODEL.BACKBONE.NAME, f"MODEL.BACKBONE.NAME {name}"
 
 
+_OUR_EVALUATORS = (
+    lambda cfg: cfg.TEST.EVALUATORS == "panoptic_fpn_ext",
+    "TEST.EVALUATORS panoptic_fpn_ext",
+)
 _CROPS = (lambda cfg: cfg.INPUT.CROP.ENABLED, "INPUT.CROP.ENABLED True")
 _SGD = (lambda cfg: cfg.SOLVER.OPTIMIZER == "SGD", "SOLVER.OPTIMIZER SGD")
 
@@ -341,6 +351,8 @@ _CONDITIONS: dict[str, tuple[Callable[[CfgNode], bool], str]] = {
     ),
     "TEST.BEST_METRIC": (lambda cfg: cfg.TEST.EVAL_PERIOD > 0, "TEST.EVAL_PERIOD"),
     "TEST.PATIENCE": (lambda cfg: bool(cfg.TEST.BEST_METRIC), "TEST.BEST_METRIC"),
+    "TEST.INTERVALS": _OUR_EVALUATORS,
+    "TEST.BOUNDARY_PQ": _OUR_EVALUATORS,
     "INPUT.CROP.AFTER_RESIZE": _CROPS,
     "INPUT.CROP.HOLD_INSTANCE": _CROPS,
     "SOLVER.MOMENTUM": _SGD,

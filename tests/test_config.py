@@ -429,6 +429,8 @@ def test_every_key_of_the_extension_is_in_the_table():
     theirs = flat(get_cfg())
     elsewhere = {"MODEL.CATEGORIES", "MODEL.LABEL_SPACE"}  # above
     elsewhere |= {"MODEL.ACCELERATION.CUDA_GRAPHS"}  # tests/modeling/test_fixed_part.py
+    # tests/evaluation/test_build.py and test_report.py
+    elsewhere |= {"TEST.INTERVALS", "TEST.BOUNDARY_PQ", "TEST.REPORT"}
     elsewhere |= {"DETERMINISTIC"}  # tests/engine/test_run_folder.py
     # tests/engine/test_checkpoint_hooks.py and test_validation_loss.py
     elsewhere |= {"SOLVER.CHECKPOINT_KEEP", "TEST.BEST_METRIC", "TEST.PATIENCE", "TEST.LOSS"}

@@ -33,6 +33,7 @@ def main() -> None:
     print(f"\n{table(json.loads(metrics.read_text()))}\n")
     for what, path in (
         ("scores", metrics),
+        ("report", metrics.with_name("report.html")),
         ("checkpoint", WEIGHTS),
         ("config", OUTPUT / "config.yaml"),
         ("log", OUTPUT / "log.txt"),

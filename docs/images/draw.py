@@ -43,6 +43,7 @@ def main() -> None:
     tool("draw_predictions", "--output", HERE / "quickstart.jpg", *chosen, "--height", "142")
     tool("tune_merging", "--limit", "40")
     shutil.copy(f"{RUN}/tune_merging/thresholds.png", HERE)
+    report(REPOSITORY / RUN / "inference" / "report.html", HERE / "report.png")
 
 
 def tool(name: str, *arguments: str | Path) -> None:
@@ -50,6 +51,21 @@ def tool(name: str, *arguments: str | Path) -> None:
     command = [sys.executable, f"tools/{name}.py", "--config-file", f"{RUN}/config.yaml"]
     weights = ["MODEL.WEIGHTS", f"{RUN}/model_final.pth"]
     subprocess.run([*command, *arguments, *weights], check=True)
+
+
+def report(page: Path, picture: Path) -> None:
+    """The upper part of the report, as Chromium shows it; nothing where there is no Chromium."""
+    browser = shutil.which("chromium")
+    if not browser:
+        print(f"no chromium: {picture.name} stays as it is (apt-get install chromium)")
+        return
+    flags = "headless", "no-sandbox", "disable-gpu", "hide-scrollbars", "window-size=1000,1240"
+    command = [browser, *(f"--{flag}" for flag in flags), "--virtual-time-budget=3000"]
+    subprocess.run(
+        [*command, f"--screenshot={picture}", page.as_uri()],
+        check=True,
+        stderr=subprocess.DEVNULL,  # of services that a browser on a server misses
+    )
 
 
 def label_spaces(dataset: dict[str, Any], image_id: int) -> Figure:

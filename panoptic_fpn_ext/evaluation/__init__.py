@@ -9,6 +9,7 @@ from .independent import EvaluationUserError, IndependentEvaluators
 from .instance_ap import InstanceAPEvaluator
 from .panoptic_quality import PanopticQualityEvaluator
 from .registry import DETECTRON2_EVALUATOR_REGISTRY, EVALUATOR_REGISTRY, needs
+from .report import ReportWriter
 from .sem_seg_iou import SemSegIoUEvaluator
 from .submission import PanopticSubmissionWriter
 
@@ -23,6 +24,7 @@ __all__ = [
     "InstanceAPEvaluator",
     "PanopticQualityEvaluator",
     "PanopticSubmissionWriter",
+    "ReportWriter",
     "SemSegIoUEvaluator",
     "build_evaluator",
     "check_score_name",

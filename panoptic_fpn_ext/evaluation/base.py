@@ -25,6 +25,9 @@ class ImageEvaluator(DatasetEvaluator, Generic[ImageResult]):
 
     output_key: ClassVar[str]
     """The model's output that is evaluated."""
+    scores_intervals: bool = False
+    """Whether the ends of :meth:`intervals` are among the scores, as ``<metric>_low``, ``_high``.
+    """
 
     def __init__(self, *, distributed: bool = True) -> None:
         """
@@ -64,8 +67,15 @@ class ImageEvaluator(DatasetEvaluator, Generic[ImageResult]):
         the order of these."""
         raise NotImplementedError
 
+    def intervals(self) -> dict[str, dict[str, tuple[float, float]]]:
+        """Where the scores of other images of that kind would lie: 95 % intervals (low, high), by
+        task and metric; after :meth:`evaluate`, in the main process. None by default."""
+        return {}
+
     def reset(self) -> None:
         self._images: dict[tuple[Hashable, str], ImageResult] = {}
+        self.images: dict[tuple[Hashable, str], ImageResult] = {}
+        self.scores: Scores = {}
 
     def process(
         self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]
@@ -90,7 +100,10 @@ class ImageEvaluator(DatasetEvaluator, Generic[ImageResult]):
             self._images[key] = self.evaluate_image(record, output[self.output_key], source)
 
     def evaluate(self) -> Scores | None:
-        """What :meth:`summarize` makes of all images; None in all processes but the first."""
+        """What :meth:`summarize` makes of all images; None in all processes but the first.
+
+        There ``images`` and ``scores`` keep what all processes found, and what is made of it.
+        """
         parts = [self._images]
         if self._distributed:
             comm.synchronize()
@@ -98,7 +111,15 @@ class ImageEvaluator(DatasetEvaluator, Generic[ImageResult]):
             if not comm.is_main_process():
                 return None
         images = {key: image for part in parts for key, image in part.items()}
-        return self.summarize(dict(sorted(images.items(), key=_order)))
+        self.images = dict(sorted(images.items(), key=_order))
+        scores = self.summarize(self.images)
+        self.scores = scores or {}
+        if self.scores_intervals and scores:
+            for task, metrics in self.intervals().items():
+                for metric, ends in metrics.items():
+                    pairs = zip(("low", "high"), ends, strict=True)
+                    scores[task] |= {f"{metric}_{which}": end for which, end in pairs}
+        return scores
 
 
 def _order(item: tuple[tuple[Hashable, str], Any]) -> tuple[str, Hashable, str]:

@@ -23,6 +23,7 @@ from detectron2.evaluation import DatasetEvaluator
 from ..config import resolve_config
 from ..errors import UserError
 from . import detectron2_evaluators  # noqa: F401  (fills its registry)
+from .base import ImageEvaluator
 from .cityscapes_instances import CityscapesInstanceEvaluator
 from .cityscapes_sem_seg import CityscapesSemSegEvaluator
 from .independent import IndependentEvaluators
@@ -34,6 +35,7 @@ from .registry import (
     EvaluatorBuilder,
     needs,
 )
+from .report import ReportWriter
 from .score_names import (
     CITYSCAPES_INSTANCE_SCORES,
     CITYSCAPES_SEM_SEG_SCORES,
@@ -175,6 +177,17 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Inde
     evaluators = [
         build(dataset_name, output_folder) for build in evaluator_builders(cfg, dataset_name)
     ]
+    for evaluator in evaluators:
+        if isinstance(evaluator, ImageEvaluator):
+            evaluator.scores_intervals = cfg.TEST.INTERVALS
+        if isinstance(evaluator, PanopticQualityEvaluator):
+            evaluator.boundary = cfg.TEST.BOUNDARY_PQ
+    if cfg.TEST.REPORT and any(isinstance(e, PanopticQualityEvaluator) for e in evaluators):
+        ours = [e for e in evaluators if isinstance(e, ImageEvaluator)]
+        # After those whose results it shows.
+        evaluators.append(
+            ReportWriter(folder=output_folder, dataset_name=dataset_name, evaluators=ours, cfg=cfg)
+        )
     if cfg.TEST.SUBMISSION:
         # The first, because Detectron2's evaluators change the predictions.
         evaluators.insert(0, PanopticSubmissionWriter.from_dataset(dataset_name, output_folder))

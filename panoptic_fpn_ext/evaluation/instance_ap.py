@@ -1,10 +1,12 @@
 """COCO box and mask AP (https://cocodataset.org/#detection-eval), for any panoptic dataset."""
 
+import copy
 import logging
 import math
 import os
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,13 @@ from detectron2.data import Metadata, MetadataCatalog
 from detectron2.structures import BoxMode, Instances
 from detectron2.utils.logger import create_small_table
 from faster_coco_eval import COCO, COCOeval_faster
+from faster_coco_eval.faster_eval_api_cpp import COCOevalAccumulate as accumulate
 
 from ..data.coco_json import instances_faults, is_polygon, raise_first, read_json
 from ..data.targets import index_segments
 from ..errors import UserError
 from .base import ImageEvaluator, Scores
+from .bootstrap import interval
 from .common import check_size, pipe_table
 from .panoptic_maps import read_ground_truth
 from .rle import encode_masks
@@ -27,6 +31,7 @@ from .rle import encode_masks
 logger = logging.getLogger(__name__)
 
 RESULTS_NAME = "coco_instances_results.json"  # as Detectron2's
+AP_SAMPLES = 200  # of the bootstrap: each takes as long as the end of an evaluation
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
@@ -118,6 +123,7 @@ class InstanceAPEvaluator(ImageEvaluator[ImageInstances]):
             distributed: gather the results of all processes; otherwise each evaluates its own.
         """
         super().__init__(distributed=distributed)
+        self._evaluations: dict[str, COCOeval_faster] = {}
         self._class_names = list(thing_classes)
         self._json_file = json_file
         self._dataset_id_to_contiguous_id = dict(
@@ -213,27 +219,34 @@ class InstanceAPEvaluator(ImageEvaluator[ImageInstances]):
         if not all("segmentation" in annotation for annotation in ground_truth.anns.values()):
             logger.warning(f"{self._json_file} has no masks: AP of boxes alone")
             tasks = ["bbox"]
-        scores = {}
+        scores, self._evaluations = {}, {}
         for task in tasks:
             detections = _detections(by_id.values(), task)
             scores[task] = self._average_precisions(ground_truth, detections, task)
             self._log(task, scores[task], len(by_id))
         return scores
 
+    def intervals(self) -> dict[str, dict[str, tuple[float, float]]]:
+        """That of ``AP`` of each task."""
+        return {
+            task: {"AP": interval(partial(_resampled_ap, evaluation), len(self.images), AP_SAMPLES)}
+            for task, evaluation in self._evaluations.items()
+        }
+
     def _write_results(self, images: Mapping[tuple[Hashable, str], ImageInstances]) -> None:
         """Write the predictions of all images, image by image."""
         # In a full label space of Detectron2 there are classes that are no thing categories.
         category_ids = {place: k for k, place in self._dataset_id_to_contiguous_id.items()}
         self._results_file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._results_file.with_suffix(".json.partial")
+        unfinished = self._results_file.with_suffix(".json.partial")
         separator = b"["
-        with open(partial, "wb") as file:
+        with open(unfinished, "wb") as file:
             for (image_id, _), image in images.items():
                 for result in coco_results(image_id, image, category_ids):
                     file.write(separator + msgspec.json.encode(result))
                     separator = b",\n"
             file.write(b"[]" if separator == b"[" else b"]")
-        partial.replace(self._results_file)
+        unfinished.replace(self._results_file)
         logger.info(f"Predicted instances written to {self._results_file}")
 
     def _ground_truth(self, images: Mapping[Hashable, ImageInstances]) -> COCO:
@@ -306,9 +319,14 @@ class InstanceAPEvaluator(ImageEvaluator[ImageInstances]):
             logger.warning(f"No instances were predicted, so the {task} metrics are nan")
             return dict.fromkeys(keys, math.nan)
         evaluation = COCOeval_faster(
-            ground_truth, ground_truth.loadRes(detections), task, print_function=logger.debug
+            ground_truth,
+            ground_truth.loadRes(detections),
+            task,
+            print_function=logger.debug,
+            separate_eval=True,
         )
         evaluation.run()
+        self._evaluations[task] = evaluation
         # IoU threshold, recall, category, area range, detections an image; -1 is none
         precision = evaluation.eval["precision"][:, :, :, 0, -1]
         values = [
@@ -329,6 +347,25 @@ class InstanceAPEvaluator(ImageEvaluator[ImageInstances]):
         cells = [cell for name in self._class_names for cell in (name, result[f"AP-{name}"])]
         rows = [cells[i : i + 2 * columns] for i in range(0, len(cells), 2 * columns)]
         logger.info(f"Per-category {task} AP:\n" + pipe_table(["category", "AP"] * columns, rows))
+
+
+def _resampled_ap(evaluation: COCOeval_faster, weights: np.ndarray) -> np.ndarray:
+    """AP in percent, (B,), of images that are there as many times as ``weights`` (B, I) says."""
+    params = copy.deepcopy(evaluation.params)
+    number, areas = weights.shape[1], len(params.areaRng)
+    # What faster-coco-eval keeps of a category, an area range and an image; no way to ask for it.
+    kept = evaluation._evalImgs_cpp
+    starts = [k * areas * number for k in range(len(params.catIds))]
+    params.areaRng, params.areaRngLbl = params.areaRng[:1], params.areaRngLbl[:1]
+    params.maxDets = params.maxDets[-1:]
+    values = []
+    for row in weights:
+        chosen = np.repeat(np.arange(number), row.astype(int)).tolist()
+        images = [kept[start + image] for start in starts for image in chosen]
+        precision = np.asarray(accumulate(params, images)["precision"])
+        found = precision[precision >= 0]
+        values.append(100 * float(found.mean()) if found.size else math.nan)
+    return np.array(values)
 
 
 def _area(annotation: Mapping[str, Any], size: Mapping[str, int]) -> float:

@@ -2,6 +2,7 @@
 
 import functools
 import os
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -61,3 +62,15 @@ def joint_counts(a: np.ndarray, b: np.ndarray, shape: tuple[int, int]) -> np.nda
     # Summed in float64, exact below 2**53.
     counts = np.bincount(pairs, weights=lengths, minlength=shape[0] * shape[1])
     return counts.astype(np.int64).reshape(shape)
+
+
+def segment_places(ids: np.ndarray, segment_ids: Sequence[int]) -> np.ndarray:
+    """Which of some segments, counted from 1, each pixel belongs to: int64 array; 0 is none."""
+    known = np.array(segment_ids, np.int64)
+    if not len(known):
+        return np.zeros(ids.shape, np.int64)
+    order = np.argsort(known)
+    runs, _, lengths = joint_runs(ids, ids)
+    found = np.minimum(np.searchsorted(known[order], runs), len(known) - 1)
+    place = np.where(known[order][found] == runs, order[found] + 1, 0)
+    return np.repeat(place, lengths).reshape(ids.shape)

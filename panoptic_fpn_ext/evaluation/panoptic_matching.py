@@ -62,6 +62,63 @@ class CategoryMatches:
         return self.true_positives / self._mean_segments if self._mean_segments else math.nan
 
 
+@dataclass(frozen=True)
+class SegmentTable:
+    """How the segments of a prediction and of its ground truth overlap, in pixels.
+
+    Attributes:
+        gt_segments, pred_segments: dicts with ``id``, ``category_id`` and ``isthing``.
+        gt_area, pred_area: float64 arrays (G,) and (P,).
+        in_void: float64 array (P,): how much of each prediction lies on void.
+        intersection, union: float64 arrays (G, P); void is no part of a union.
+    """
+
+    gt_segments: Sequence[Mapping[str, Any]]
+    pred_segments: Sequence[Mapping[str, Any]]
+    gt_area: np.ndarray
+    pred_area: np.ndarray
+    in_void: np.ndarray
+    intersection: np.ndarray
+    union: np.ndarray
+
+    @property
+    def gt_categories(self) -> list[Category]:
+        return [category_of(segment) for segment in self.gt_segments]
+
+    @property
+    def pred_categories(self) -> list[Category]:
+        return [category_of(segment) for segment in self.pred_segments]
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Which segments of a :class:`SegmentTable` match and which are errors; places in its lists.
+
+    Attributes:
+        pairs: the true segment of each matched prediction.
+        ious: of each pair.
+        false_positives: predictions that count and match nothing.
+        false_negatives: true segments that no prediction matches.
+    """
+
+    pairs: dict[int, int]
+    ious: dict[int, float]
+    false_positives: list[int]
+    false_negatives: list[int]
+
+    def by_category(self, table: SegmentTable) -> dict[Category, CategoryMatches]:
+        """The matches of each category that the image counts for."""
+        matches: dict[Category, CategoryMatches] = defaultdict(CategoryMatches)
+        gt_categories, pred_categories = table.gt_categories, table.pred_categories
+        for pred, iou in self.ious.items():
+            matches[pred_categories[pred]].ious.append(iou)
+        for gt in self.false_negatives:
+            matches[gt_categories[gt]].false_negatives += 1
+        for pred in self.false_positives:
+            matches[pred_categories[pred]].false_positives += 1
+        return dict(matches)
+
+
 def match_segments(
     gt_ids: np.ndarray,
     gt_segments: Sequence[Mapping[str, Any]],
@@ -71,13 +128,31 @@ def match_segments(
     gt_source: str = "ground truth",
     pred_source: str = "prediction",
 ) -> dict[Category, CategoryMatches]:
-    """Match the predicted segments of one image to the true ones.
+    """The matches of each category that an image counts for.
 
-    A predicted and a true segment of one category match where their IoU, void pixels left out of
-    the union, is above 0.5. An unmatched prediction is not counted where more than half of it
-    lies on void and on the crowd segment of its category; a true segment without a pixel is missed.
-    Of several crowd segments of one
-    category only the last listed one counts, as in panopticapi. Areas are counted in the id maps.
+    Args, Raises: see :func:`segment_table`; the rules are those of :func:`matching`.
+    """
+    table = segment_table(
+        gt_ids,
+        gt_segments,
+        pred_ids,
+        pred_segments,
+        gt_source=gt_source,
+        pred_source=pred_source,
+    )
+    return matching(table).by_category(table)
+
+
+def segment_table(
+    gt_ids: np.ndarray,
+    gt_segments: Sequence[Mapping[str, Any]],
+    pred_ids: np.ndarray,
+    pred_segments: Sequence[Mapping[str, Any]],
+    *,
+    gt_source: str = "ground truth",
+    pred_source: str = "prediction",
+) -> SegmentTable:
+    """Count how the segments of an image overlap. Areas are counted in the id maps.
 
     Args:
         gt_ids: integer array (H, W) of segment ids; 0 is void.
@@ -86,9 +161,6 @@ def match_segments(
         pred_ids: integer array (H, W) of segment ids; 0 and -1 are void.
         pred_segments: for each predicted segment ``id``, ``category_id`` and ``isthing``.
         gt_source, pred_source: what to call the two in errors, such as a file name.
-
-    Returns:
-        The matches of each category that the image counts for.
 
     Raises:
         UserError: the two maps differ in size, or a map and its list differ in segments.
@@ -106,34 +178,52 @@ def match_segments(
     pred_area = pixels[:, 1:].sum(axis=0)
     in_void, intersection = pixels[0, 1:], pixels[1:, 1:]
     union = gt_area[:, None] + pred_area - in_void - intersection
+    return SegmentTable(
+        gt_segments, pred_segments, gt_area, pred_area, in_void, intersection, union
+    )
 
-    gt_categories = [category_of(segment) for segment in gt_segments]
-    pred_categories = [category_of(segment) for segment in pred_segments]
-    matches: dict[Category, CategoryMatches] = defaultdict(CategoryMatches)
-    gt_matched, pred_matched = set(), set()
-    for gt, pred in np.argwhere(intersection > 0.5 * union).tolist():
-        if gt_categories[gt] == pred_categories[pred] and not gt_segments[gt].get("iscrowd"):
-            iou = float(intersection[gt, pred] / union[gt, pred])
-            matches[gt_categories[gt]].ious.append(iou)
-            gt_matched.add(gt)
-            pred_matched.add(pred)
 
-    crowd = {}
-    for gt, (segment, category) in enumerate(zip(gt_segments, gt_categories, strict=True)):
+def matching(table: SegmentTable, iou: np.ndarray | None = None) -> Matching:
+    """Match the predicted segments of one image to the true ones.
+
+    A predicted and a true segment of one category match where their IoU, void pixels left out of
+    the union, is above 0.5. An unmatched prediction is not counted where more than half of it
+    lies on void and on the crowd segment of its category; a true segment without a pixel is missed.
+    Of several crowd segments of one
+    category only the last listed one counts, as in panopticapi.
+
+    Args:
+        table: the segments and how they overlap.
+        iou: float64 array (G, P) to take in place of the IoU; nowhere above it.
+    """
+    gt_categories, pred_categories = table.gt_categories, table.pred_categories
+    pairs, ious = {}, {}
+    for gt, pred in np.argwhere(table.intersection > 0.5 * table.union).tolist():
+        if gt_categories[gt] == pred_categories[pred] and not table.gt_segments[gt].get("iscrowd"):
+            value = table.intersection[gt, pred] / table.union[gt, pred]
+            if iou is not None:
+                value = iou[gt, pred]
+                if value <= 0.5:
+                    continue
+            pairs[pred], ious[pred] = gt, float(value)
+
+    crowd, false_negatives, gt_matched = {}, [], set(pairs.values())
+    for gt, (segment, category) in enumerate(zip(table.gt_segments, gt_categories, strict=True)):
         if segment.get("iscrowd"):
             crowd[category] = gt
         elif gt not in gt_matched:
-            matches[category].false_negatives += 1
+            false_negatives.append(gt)
 
+    false_positives = []
     for pred, category in enumerate(pred_categories):
-        if pred in pred_matched:
+        if pred in pairs:
             continue
-        ignored = in_void[pred]
+        ignored = table.in_void[pred]
         if category in crowd:
-            ignored += intersection[crowd[category], pred]
-        if ignored <= 0.5 * pred_area[pred]:
-            matches[category].false_positives += 1
-    return dict(matches)
+            ignored += table.intersection[crowd[category], pred]
+        if ignored <= 0.5 * table.pred_area[pred]:
+            false_positives.append(pred)
+    return Matching(pairs, ious, false_positives, false_negatives)
 
 
 def category_of(segment: Mapping[str, Any]) -> Category:

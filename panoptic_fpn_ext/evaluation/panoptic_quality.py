@@ -11,15 +11,18 @@ from detectron2.data import Metadata
 
 from ..data.label_space import thing_sem_seg_ids
 from ..errors import UserError
+from .analysis import PanopticImage, analysis, image_counts, mean_pq, resampled_pq, totals_of
 from .base import ImageEvaluator, Scores
+from .bootstrap import ends, resamples
+from .boundary import boundary_iou
 from .common import pipe_table
 from .panoptic_maps import read_ground_truth
-from .panoptic_matching import Category, CategoryMatches, category_of, match_segments
+from .panoptic_matching import Category, CategoryMatches, category_of, segment_table
 
 logger = logging.getLogger(__name__)
 
 
-class PanopticQualityEvaluator(ImageEvaluator[dict[Category, CategoryMatches]]):
+class PanopticQualityEvaluator(ImageEvaluator[PanopticImage]):
     """PQ, SQ and RQ of ``panoptic_seg`` against panoptic PNGs.
 
     Works in one process or several, and gives the same numbers to the last digit however images
@@ -34,6 +37,7 @@ class PanopticQualityEvaluator(ImageEvaluator[dict[Category, CategoryMatches]]):
         thing_classes: Sequence[str],
         stuff_classes: Sequence[str],
         thing_sem_seg_ids: Iterable[int],
+        boundary: bool = False,
         distributed: bool = True,
     ) -> None:
         """
@@ -41,11 +45,13 @@ class PanopticQualityEvaluator(ImageEvaluator[dict[Category, CategoryMatches]]):
             thing_classes: names of the thing categories.
             stuff_classes: names of the semantic classes.
             thing_sem_seg_ids: the semantic classes of things, which are no stuff categories.
+            boundary: give Boundary PQ, too: https://arxiv.org/abs/2103.16562
             distributed: gather the results of all processes; otherwise each evaluates its own.
         """
         super().__init__(distributed=distributed)
+        self.boundary = boundary
         of_things = set(thing_sem_seg_ids)
-        self._names: dict[Category, str] = {
+        self.names: dict[Category, str] = {
             **{(True, i): name for i, name in enumerate(thing_classes)},
             **{(False, i): name for i, name in enumerate(stuff_classes) if i not in of_things},
         }
@@ -63,8 +69,8 @@ class PanopticQualityEvaluator(ImageEvaluator[dict[Category, CategoryMatches]]):
         record: Mapping[str, Any],
         prediction: tuple[torch.Tensor | np.ndarray, Sequence[Mapping[str, Any]]],
         source: str,
-    ) -> dict[Category, CategoryMatches]:
-        """The matches of the segments of an image.
+    ) -> PanopticImage:
+        """The matches and errors of the segments of an image.
 
         Args:
             record: dataset dict with ``pan_seg_file_name`` and ``segments_info``.
@@ -80,20 +86,23 @@ class PanopticQualityEvaluator(ImageEvaluator[dict[Category, CategoryMatches]]):
                 "pan_seg_file_name and segments_info, as register_panoptic_dataset gives them"
             )
         gt_source = record["pan_seg_file_name"]
-        pred_ids, pred_segments = prediction
-        matches = match_segments(
-            read_ground_truth(gt_source),
+        gt_ids, (pred_ids, pred_segments) = read_ground_truth(gt_source), prediction
+        is_tensor = isinstance(pred_ids, torch.Tensor)
+        pred_ids = pred_ids.cpu().numpy() if is_tensor else np.asarray(pred_ids)
+        table = segment_table(
+            gt_ids,
             record["segments_info"],
-            pred_ids.cpu().numpy() if isinstance(pred_ids, torch.Tensor) else np.asarray(pred_ids),
+            pred_ids,
             pred_segments,
             gt_source=gt_source,
             pred_source=source,
         )
         self._check_categories(record["segments_info"], gt_source)
         self._check_categories(pred_segments, source)
-        return matches
+        iou = boundary_iou(table, gt_ids, pred_ids) if self.boundary else None
+        return PanopticImage.of(table, iou)
 
-    def summarize(self, images: Mapping[Any, dict[Category, CategoryMatches]]) -> Scores:
+    def summarize(self, images: Mapping[Any, PanopticImage]) -> Scores:
         """The panoptic qualities of all images, in percent.
 
         Returns:
@@ -101,12 +110,10 @@ class PanopticQualityEvaluator(ImageEvaluator[dict[Category, CategoryMatches]]):
             ``_st`` for things and stuff, and ``PQ-<name>``, ``SQ-<name>``, ``RQ-<name>`` for each
             category. Averages are over the categories that have a segment, true or predicted;
             a category or an average without any is nan (panopticapi has 0 for such a category
-            and fails for such an average).
+            and fails for such an average). With ``boundary`` also ``boundary_PQ``, the same with
+            ``_th`` and ``_st``.
         """
-        totals = {category: CategoryMatches() for category in self._names}
-        for matches in images.values():
-            for category, category_matches in matches.items():
-                totals[category].add(category_matches)
+        totals = self._totals(image.matches for image in images.values())
 
         splits = {
             "All": list(totals.values()),
@@ -119,14 +126,34 @@ class PanopticQualityEvaluator(ImageEvaluator[dict[Category, CategoryMatches]]):
             scores |= {f"PQ{suffix}": pq, f"SQ{suffix}": sq, f"RQ{suffix}": rq}
         for metric in ("PQ", "SQ", "RQ"):
             for category, total in totals.items():
-                scores[f"{metric}-{self._names[category]}"] = 100 * getattr(total, metric.lower())
+                scores[f"{metric}-{self.names[category]}"] = 100 * getattr(total, metric.lower())
 
+        if self.boundary:
+            of_borders = self._totals(image.boundary or {} for image in images.values())
+            scores |= {f"boundary_{key}": value for key, value in mean_pq(of_borders).items()}
         self._log(len(images), summary, totals)
         return {"panoptic_seg": scores}
 
+    def intervals(self) -> dict[str, dict[str, tuple[float, float]]]:
+        """Those of ``PQ``, ``PQ_th`` and ``PQ_st``."""
+        if not self.images:
+            return {}
+        counts = image_counts([i.matches for i in self.images.values()], list(self.names))
+        samples = resampled_pq(counts, list(self.names), resamples(len(self.images)))
+        return {"panoptic_seg": {key: ends(values) for key, values in samples.items()}}
+
+    def analysis(self) -> dict[str, Any]:
+        """What is lost where, after :meth:`evaluate`; see :func:`~.analysis.analysis`."""
+        return analysis(self.images.values(), self.names)
+
+    def _totals(
+        self, images: Iterable[Mapping[Category, CategoryMatches]]
+    ) -> dict[Category, CategoryMatches]:
+        return totals_of(images, self.names)
+
     def _check_categories(self, segments: Iterable[Mapping[str, Any]], source: str) -> None:
         for segment in segments:
-            if category_of(segment) not in self._names:
+            if category_of(segment) not in self.names:
                 kind = "thing" if segment["isthing"] else "stuff"
                 raise UserError(
                     f"{source}: segment {segment['id']} has category_id {segment['category_id']}, "
@@ -145,7 +172,7 @@ class PanopticQualityEvaluator(ImageEvaluator[dict[Category, CategoryMatches]]):
         )
         rows = [
             (
-                self._names[category],
+                self.names[category],
                 *(100 * quality for quality in (total.pq, total.sq, total.rq)),
                 *(total.true_positives, total.false_positives, total.false_negatives),
             )

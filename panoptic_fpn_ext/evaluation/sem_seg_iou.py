@@ -15,6 +15,7 @@ from ..data.targets import sem_seg_from_panoptic
 from ..errors import UserError
 from ..layers.argmax import argmax_classes
 from .base import ImageEvaluator, Scores
+from .bootstrap import interval
 from .common import check_size, classes_table, metrics_table
 from .panoptic_maps import joint_counts, read_ground_truth
 
@@ -114,6 +115,27 @@ class SemSegIoUEvaluator(ImageEvaluator[ConfusionCells]):
             ``ACC-<name>``; nan for a class that is nowhere true.
         """
         return {"sem_seg": self._scores(self._confusion(images.values()))}
+
+    def intervals(self) -> dict[str, dict[str, tuple[float, float]]]:
+        """That of ``mIoU``."""
+        number = len(self._class_names)
+        cells = [np.unravel_index(i.cells, (number, number)) for i in self.images.values()]
+        counts = np.zeros((3, len(cells), number))  # correct, true, predicted
+        for k, (image, (true, predicted)) in enumerate(
+            zip(self.images.values(), cells, strict=True)
+        ):
+            correct = true == predicted
+            np.add.at(counts[0, k], true[correct], image.pixels[correct])
+            np.add.at(counts[1, k], true, image.pixels)
+            np.add.at(counts[2, k], predicted, image.pixels)
+
+        def mean_iou(weights: np.ndarray) -> np.ndarray:
+            correct, true, predicted = weights @ counts
+            union = true + predicted - correct
+            iou = np.divide(correct, union, out=np.zeros_like(union), where=union > 0)
+            return 100 * iou.sum(1) / np.maximum((union > 0).sum(1), 1)
+
+        return {"sem_seg": {"mIoU": interval(mean_iou, len(cells))}} if cells else {}
 
     def _confusion(self, images: Iterable[ConfusionCells]) -> np.ndarray:
         """The confusion matrix of several images: int64 array (C, C), [true, predicted]."""

@@ -23,6 +23,9 @@ from panoptic_fpn_ext.evaluation import (
 
 DATASET = "evaluation_build_test"
 
+INTERVALS = [f"panoptic_seg/PQ{kind}" for kind in ("", "_th", "_st")]
+INTERVALS += ["sem_seg/mIoU", "bbox/AP", "segm/AP"]
+
 
 def config(**keys) -> CfgNode:
     cfg = get_cfg()
@@ -204,3 +207,28 @@ def test_evaluators_find_the_scores_that_they_say(trained):
     each = tuple(score for score in said if score.endswith("-"))
     assert {score for score in found if not score.startswith(each)} == said - {*each}
     assert all(any(score.startswith(one) for score in found) for one in each)
+
+
+def test_intervals_and_boundary_by_key(shapes_predictions, tmp_path):
+    records, outputs = shapes_predictions
+    scores = {}
+    for on in (False, True):
+        cfg = config(TEST__INTERVALS=on, TEST__BOUNDARY_PQ=on)
+        evaluator = build_evaluator(cfg, "shapes_val", str(tmp_path))
+        evaluator.reset()
+        evaluator.process(records, outputs)
+        scores[on] = evaluator.evaluate()
+        assert not evaluator.failures
+    for task, metrics in scores[False].items():
+        assert metrics.items() <= scores[True][task].items()
+    extra = {
+        f"{task}/{key}": value
+        for task, metrics in scores[True].items()
+        for key, value in metrics.items()
+        if key not in scores[False][task]
+    }
+    ends = {f"{key}_{end}" for key in INTERVALS for end in ("low", "high")}
+    assert extra.keys() == ends | {f"panoptic_seg/boundary_PQ{k}" for k in ("", "_th", "_st")}
+    for key in INTERVALS:
+        task, metric = key.split("/")
+        assert extra[f"{key}_low"] < scores[True][task][metric] < extra[f"{key}_high"]
