@@ -97,6 +97,9 @@ class CityscapesSemSegEvaluator(SemSegIoUEvaluator):
                 instances.append(_InstancePixels(category, *pixels))
         return _Image(ConfusionCells.of(confusion), instances)
 
+    def confusions(self) -> list[ConfusionCells]:
+        return [image.confusion for image in self.images.values()]
+
     def summarize(self, images: Mapping[Any, _Image]) -> Scores:
         """The metrics of all images, in percent.
 

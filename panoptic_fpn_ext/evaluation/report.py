@@ -202,7 +202,7 @@ class ReportWriter(ImageEvaluator[ImagePrediction]):
         if not semantic:
             return []
         names = list(MetadataCatalog.get(self._name).stuff_classes)
-        confusion = semantic[0]._confusion(semantic[0].images.values())
+        confusion = semantic[0].confusion()
         wrong = confusion - np.diag(np.diagonal(confusion))
         order = np.argsort(-wrong, axis=None)[:CONFUSIONS]
         pairs = zip(*np.unravel_index(order, wrong.shape), strict=True)

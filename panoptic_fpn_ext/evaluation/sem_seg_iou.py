@@ -116,14 +116,21 @@ class SemSegIoUEvaluator(ImageEvaluator[ConfusionCells]):
         """
         return {"sem_seg": self._scores(self._confusion(images.values()))}
 
+    def confusions(self) -> list[ConfusionCells]:
+        """Those of all images, after :meth:`evaluate`."""
+        return list(self.images.values())
+
+    def confusion(self) -> np.ndarray:
+        """Their sum: int64 array (C, C), [true, predicted]."""
+        return self._confusion(self.confusions())
+
     def intervals(self) -> dict[str, dict[str, tuple[float, float]]]:
         """That of ``mIoU``."""
         number = len(self._class_names)
-        cells = [np.unravel_index(i.cells, (number, number)) for i in self.images.values()]
+        images = self.confusions()
+        cells = [np.unravel_index(image.cells, (number, number)) for image in images]
         counts = np.zeros((3, len(cells), number))  # correct, true, predicted
-        for k, (image, (true, predicted)) in enumerate(
-            zip(self.images.values(), cells, strict=True)
-        ):
+        for k, (image, (true, predicted)) in enumerate(zip(images, cells, strict=True)):
             correct = true == predicted
             np.add.at(counts[0, k], true[correct], image.pixels[correct])
             np.add.at(counts[1, k], true, image.pixels)
