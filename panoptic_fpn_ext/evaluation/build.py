@@ -37,6 +37,7 @@ from .registry import (
 )
 from .report import ReportWriter
 from .score_names import (
+    BOUNDARY_SCORES,
     CITYSCAPES_INSTANCE_SCORES,
     CITYSCAPES_SEM_SEG_SCORES,
     INSTANCE_SCORES,
@@ -143,6 +144,8 @@ def check_score_name(cfg: CfgNode, name: str) -> None:
             if scores is None:
                 return
             names += scores
+            if cfg.TEST.BOUNDARY_PQ and scores == PANOPTIC_SCORES:
+                names += BOUNDARY_SCORES
         prefix = f"{dataset}/" if len(cfg.DATASETS.TEST) > 1 else ""
         known += [prefix + score for score in names if cfg.MODEL.MASK_ON or "segm/" not in score]
     if any(name == score or (score[-1] in "-_" and name.startswith(score)) for score in known):

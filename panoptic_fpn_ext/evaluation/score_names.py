@@ -5,6 +5,7 @@ PANOPTIC_SCORES = tuple(
     for metric in ("PQ", "SQ", "RQ")
     for split in ("", "_th", "_st", "-")
 )
+BOUNDARY_SCORES = tuple(f"panoptic_seg/boundary_PQ{split}" for split in ("", "_th", "_st"))
 SEM_SEG_SCORES = tuple(
     f"sem_seg/{metric}" for metric in ("mIoU", "fwIoU", "mACC", "pACC", "IoU-", "ACC-")
 )

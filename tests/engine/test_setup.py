@@ -93,6 +93,10 @@ def test_classes_come_from_the_dataset(shapes):
             "no evaluation of this run finds it; which TEST.LOSS True computes",
         ),
         (
+            arguments(CONFIG, *BEST, "panoptic_seg/boundary_PQ"),
+            "TEST.BEST_METRIC 'panoptic_seg/boundary_PQ': no evaluation of this run finds it",
+        ),
+        (
             arguments(CONFIG, *BEST, "panoptic_seg/PQ", *ONE_OUTPUT),
             "TEST.BEST_METRIC 'panoptic_seg/PQ': no evaluation of this run finds it",
         ),
@@ -186,6 +190,7 @@ def test_a_dataset_that_is_not_there_names_what_is_missing(monkeypatch, tmp_path
         ("panoptic_seg/PQ", ()),
         ("panoptic_seg/PQ_th", ()),
         ("panoptic_seg/PQ-a class", ()),
+        ("panoptic_seg/boundary_PQ", ("TEST.BOUNDARY_PQ", "True")),
         ("sem_seg/mIoU", ONE_OUTPUT),
         ("segm/AP", ()),
         ("bbox/AP-car", ()),
