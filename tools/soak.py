@@ -91,10 +91,12 @@ def soak(args: argparse.Namespace, folder: Path) -> list[Sample]:
 
 def run_round(config_file: str, options: list[str]) -> None:
     """A training and an evaluation, as ``train_net.py`` does them."""
+    from detectron2.engine import default_argument_parser
+
     from panoptic_fpn_ext.engine import Trainer, setup
 
-    arguments = {"config_file": config_file, "opts": options, "eval_only": False, "resume": False}
-    Trainer(setup(argparse.Namespace(**arguments))).train()
+    arguments = default_argument_parser().parse_args(["--config-file", config_file, *options])
+    Trainer(setup(arguments)).train()
 
 
 def sample() -> Sample:

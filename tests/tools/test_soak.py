@@ -1,6 +1,9 @@
 """What grows is found; what wavers, or grew while it warmed up, is not."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -49,3 +52,16 @@ def test_this_process_is_counted():
         within = soak.sample()
     assert within.files == before.files + 2
     assert before.memory > 10 and before.threads >= 1
+
+
+@pytest.mark.slow
+def test_it_runs_and_finds_nothing():
+    run = subprocess.run(
+        [sys.executable, "tools/soak.py", "--rounds", "2", "MODEL.DEVICE", "cpu"],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.strip().endswith("nothing grows")
