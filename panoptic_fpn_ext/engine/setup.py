@@ -196,7 +196,7 @@ def _check_what_is_kept(cfg: CfgNode) -> None:
 
 def _check_batch(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Raise UserError if the processes cannot share the images of a batch."""
-    processes = args.num_gpus * args.num_machines
+    processes = getattr(args, "num_gpus", 1) * getattr(args, "num_machines", 1)
     batch = cfg.SOLVER.IMS_PER_BATCH
     if not args.eval_only and (batch < 1 or batch % processes):
         raise UserError(
