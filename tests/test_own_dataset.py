@@ -126,8 +126,8 @@ def test_a_faulty_file_in_a_data_loader_process_is_one_line(folder, outputs, pro
     assert run.returncode == 2, run.stderr[-2000:]
     line = run.stderr.strip().splitlines()[-1]
     assert re.fullmatch(
-        r"train_net\.py: error: dataset coins_train: my/panoptic/\d\.png: damaged or truncated PNG; "
-        r".*",
+        r"train_net\.py: error: dataset coins_train: my/panoptic/\d\.png: "
+        r"damaged or truncated PNG; .*",
         line,
     )
     assert "Traceback" not in run.stdout + run.stderr

@@ -384,7 +384,6 @@ def test_less_is_better_of_losses(cfg, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.faults
 def test_a_run_killed_at_random_ends_with_the_same_best(shapes, tmp_path):
     run = subprocess.run(
         [

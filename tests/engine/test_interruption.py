@@ -39,6 +39,8 @@ def test_a_signal_ends_the_iteration_and_saves(shapes, tmp_path, name):
     assert saved["iteration"] == last >= 19
     assert saved["trainer"]["hooks"]["LRScheduler"]["last_epoch"] == last + 1
 
+    if name != "SIGTERM":
+        return  # resuming is the same after all
     run = train_net("--resume", *arguments, "SOLVER.MAX_ITER", last + 3, "DATASETS.TEST", "()")
     assert run.returncode == 0, run.stderr[-3000:]
     assert f"Starting training from iteration {last + 1}" in run.stdout
