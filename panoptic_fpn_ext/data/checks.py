@@ -173,7 +173,7 @@ def _png_faults(
         faults.append(Fault("id-not-in-json", png, message, image_id, value))
     for info in image.segments_info:
         segment_id = info.get("id")
-        if not segment_id:  # a fault of the JSON
+        if not segment_id or not isinstance(segment_id, Hashable):  # a fault of the JSON
             continue
         if segment_id not in areas:
             message = f"in segments_info, but {png} has no pixel of it"
@@ -181,7 +181,8 @@ def _png_faults(
             continue
         faults += _area_and_box_faults(info, areas[segment_id], boxes[segment_id], image_id, source)
         crowd = bool(info.get("iscrowd"))
-        name = names.get(info.get("category_id"), "unknown")
+        category = info.get("category_id")
+        name = names.get(category, "unknown") if isinstance(category, Hashable) else "unknown"
         statistics.crowd_pixels += areas[segment_id] * crowd
         statistics.category_pixels[name] += areas[segment_id]
         (statistics.crowds if crowd else statistics.segments)[name] += 1

@@ -36,10 +36,9 @@ def read_panoptic_png(file_name: str | os.PathLike) -> np.ndarray:
     try:
         with PathManager.open(str(file_name), "rb") as file:
             content = file.read()
-    except OSError as error:
-        raise UserError(
-            f"{file_name}: cannot read the panoptic PNG: {error.strerror or error}"
-        ) from error
+    except (OSError, ValueError) as error:  # the latter at names that no file can have
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{file_name}: cannot read the panoptic PNG: {reason}") from error
 
     mode, shape = _read_header(content, file_name)
     rows_size = shape[0] * (1 + shape[1] * len(mode))  # each with the number of its filter
