@@ -21,12 +21,12 @@ from panoptic_fpn_ext import (
 
 
 @pytest.fixture
-def cfg(trained, shapes) -> CfgNode:
+def cfg(trained, shapes, device) -> CfgNode:
     cfg = get_cfg()
     add_panoptic_fpn_config(cfg)
     cfg.merge_from_file(str(trained / "config.yaml"))
     cfg.MODEL.WEIGHTS = str(trained / "model_final.pth")
-    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.DEVICE = device.type
     return cfg
 
 
@@ -92,12 +92,12 @@ def test_results_become_coco_files(cfg, files, tmp_path) -> None:
     for result, entry in zip(results, content["annotations"], strict=True):
         png = np.asarray(Image.open(tmp_path / "out" / "panoptic" / entry["file_name"]))
         ids, segments = result["panoptic_seg"]
-        assert np.array_equal(png @ [1, 256, 65536], ids.numpy())
+        assert np.array_equal(png @ [1, 256, 65536], ids.cpu().numpy())
         assert len(entry["segments_info"]) == len(segments)
 
     found = json.loads(file.read_text())
     assert number == len(found) == sum(len(result["instances"]) for result in results) > 0
-    masks = [mask for result in results for mask in result["instances"].pred_masks.numpy()]
+    masks = [mask for result in results for mask in result["instances"].pred_masks.cpu().numpy()]
     for entry, mask in zip(found, masks, strict=True):
         assert np.array_equal(rle.decode(entry["segmentation"]), mask)
     ids = set(predictor.metadata.thing_dataset_id_to_contiguous_id)

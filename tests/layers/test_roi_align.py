@@ -66,3 +66,24 @@ def test_a_trace_takes_any_number_of_boxes():
     for number in (0, 10, 500):
         rois = boxes(number)
         assert torch.equal(traced(x, rois), align(x, rois))
+
+
+def test_the_deterministic_mode_compiles_nothing(device, rounding, monkeypatch):
+    """torchvision would on GPUs; on CPUs the way around that is only held against Detectron2's."""
+    align = ROIAlign((7, 5), 0.25, 0, aligned=True)
+    ours = accelerate(nn.Sequential(copy.deepcopy(align)))[0]
+    x, rois = torch.randn(2, 3, 30, 40, device=device), boxes(9).to(device)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    expected = align(inputs[0], rois)
+    expected.sum().backward()
+    monkeypatch.setattr(roi_align, "roi_align", None)
+    if device.type == "cpu":
+        monkeypatch.setattr(ours, "_would_be_compiled", lambda _: True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        found = ours(inputs[1], rois)
+        found.sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(found, expected, **rounding)
+    torch.testing.assert_close(inputs[1].grad, inputs[0].grad, **rounding)
