@@ -21,6 +21,8 @@ class Agreement:
 
     Attributes:
         labels: share of pixels with the same label, the least of the maps and masks.
+        categories: share of pixels of the same category in ``panoptic_seg`` (without it, in
+            ``sem_seg``), whichever segments they are of.
         same_segments: the same segments and instances: as many, of the same categories in the same
             order.
         box: greatest difference of box corners, in pixels.
@@ -29,6 +31,7 @@ class Agreement:
     """
 
     labels: float = 1.0
+    categories: float = 1.0
     same_segments: bool = True
     box: float = 0.0
     score: float = 0.0
@@ -65,6 +68,9 @@ def compared(expected: Outputs, found: Outputs) -> Agreement:
         elif expected[name].size:
             share = float((expected[name] == found[name]).mean())
             agreement.labels = min(agreement.labels, share)
+    maps = [_categories(outputs) for outputs in (expected, found)]
+    if maps[0] is not None and maps[0].size:
+        agreement.categories = float((maps[0] == maps[1]).mean())
     if agreement.labels < MIN_LABELS:
         agreement.faults.append(f"{agreement.labels:.2%} of the labels")
     agreement.box = _greatest(expected, found, "boxes")
@@ -74,6 +80,14 @@ def compared(expected: Outputs, found: Outputs) -> Agreement:
     if agreement.score > MAX_SCORE:
         agreement.faults.append(f"scores {agreement.score:.6f} off")
     return agreement
+
+
+def _categories(outputs: Outputs) -> np.ndarray | None:
+    """A number for the category of each pixel."""
+    if "panoptic_seg" not in outputs:
+        return outputs.get("sem_seg")
+    of_segments = 2 * outputs["segment_category_id"] + outputs["segment_isthing"]
+    return np.concatenate([[-1], of_segments])[outputs["panoptic_seg"]]
 
 
 def _greatest(expected: Outputs, found: Outputs, name: str) -> float:

@@ -5,7 +5,7 @@ as a loop that stays one. The modules of the network are Detectron2's, as they a
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -54,23 +54,15 @@ class PanopticGraph(nn.Module):
         thresholds: its inputs beside the image and their defaults; none without merging.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        test_size: tuple[int, int],
-        resize: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = resized,
-    ) -> None:
+    def __init__(self, model: nn.Module, *, test_size: tuple[int, int]) -> None:
         """
         Args:
             model: ``PanopticFPNExt``, ``SemanticFPN`` or ``TwoNetworkPanopticFPN``, in inference
                 and on the CPU; it is copied.
             test_size: ``INPUT.MIN_SIZE_TEST`` and ``INPUT.MAX_SIZE_TEST``; 0 to leave images as
                 they are.
-            resize: brings pixels (H, W, 3) uint8 to a size, (2,) int64.
         """
         super().__init__()
-        self.resize = resize
         model = decelerate(copy.deepcopy(model))
         self.instance_network, self.semantic_network, self.shares_features = _networks(model)
         self.postprocess = model.postprocess
@@ -106,11 +98,11 @@ class PanopticGraph(nn.Module):
             Those of :attr:`output_names`.
         """
         size = torch._shape_as_tensor(image)[:2]
-        resized = self._resized(image, size)
-        network_size = torch._shape_as_tensor(resized)[2:]
+        pixels = self._resized(image, size)
+        network_size = torch._shape_as_tensor(pixels)[2:]
         results: dict[str, torch.Tensor] = {}
         labels = detections = num_classes = None
-        pixels = resized.float()
+        pixels = pixels.float()
         features: Mapping[str, torch.Tensor] | None = None
         if self.postprocess.needs("sem_seg"):
             network = self.semantic_network
@@ -157,7 +149,7 @@ class PanopticGraph(nn.Module):
         new_size = torch.where(is_too_long, new_size * shrink, new_size)
         # Where Detectron2 comes to no row at all, one.
         new_size = (new_size + 0.5).floor().long().clamp(min=1)
-        return self.resize(image, new_size).permute(2, 0, 1)[None]
+        return resized(image, new_size).permute(2, 0, 1)[None]
 
 
 def _networks(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None, bool]:

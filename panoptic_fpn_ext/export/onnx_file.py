@@ -21,13 +21,12 @@ from ..data.category_lines import label_space_of
 from ..data.label_space import thing_sem_seg_ids
 from ..errors import UserError
 from .graph import PanopticGraph
-from .operators import ResizePixels
 from .supported import check_exportable, naming_the_part
 
-OPSETS = (18, 20)
-"""The first that resizes with antialiasing; the last of PyTorch's exporter of traces."""
-IR_VERSION = 9  # what runtimes of opset 18 read
-RUNTIME = (1, 17)  # the first with all that the graph needs
+OPSETS = (16, 20)
+"""The first whose RoIAlign is Detectron2's; the last of PyTorch's exporter of traces."""
+IR_VERSION = 8  # what runtimes of opset 16 read
+RUNTIME = (1, 14)  # the oldest that it was run in
 INSTALL = "pip install onnx onnxruntime, or pip install 'panoptic_fpn_ext[export]'"
 
 _AXES = {
@@ -59,11 +58,11 @@ def export_onnx(
     onnx = needed("onnx")
     if not OPSETS[0] <= opset <= OPSETS[1]:
         raise UserError(
-            f"--opset {opset}: {OPSETS[0]} to {OPSETS[1]}; before, ONNX has no antialiasing, and "
-            "after, PyTorch's exporter has no traces"
+            f"--opset {opset}: {OPSETS[0]} to {OPSETS[1]}; before, ONNX has no RoIAlign as in "
+            "Detectron2, and after, PyTorch's exporter has no traces"
         )
     check_exportable(cfg)
-    graph = graph_of(cfg, model, resize=ResizePixels.apply)
+    graph = graph_of(cfg, model)
     defaults = {name: torch.tensor([v]).double() for name, v in graph.thresholds.items()}
     example = torch.randint(0, 256, (96, 120, 3), dtype=torch.uint8)
     file = Path(file)
@@ -95,10 +94,10 @@ def export_onnx(
         partial.unlink(missing_ok=True)
 
 
-def graph_of(cfg: CfgNode, model: nn.Module, **options: Any) -> PanopticGraph:
+def graph_of(cfg: CfgNode, model: nn.Module) -> PanopticGraph:
     """The graph of a model, with the test size of a config."""
     test_size = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
-    return PanopticGraph(model, test_size=test_size, **options).eval()
+    return PanopticGraph(model, test_size=test_size).eval()
 
 
 def needed(name: str) -> ModuleType:

@@ -5,51 +5,10 @@ Each computes in PyTorch what its ONNX node computes. That is what an export is 
 
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torchvision.ops import batched_nms
 
 NO_CANDIDATE = -1e30  # the score of a box in the classes that it is not of
-
-
-class ResizePixels(torch.autograd.Function):
-    """Bilinear resizing of pixels with antialiasing, as Pillow does it, and so Detectron2.
-
-    ONNX's ``Resize`` has it since opset 18. In ONNX Runtime pixels differ by 1 where Pillow's
-    fixed-point weights round otherwise, which is one value of 400 to 1000 in noise.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, pixels: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            pixels: (H, W, C) uint8.
-            size: (2,) int64, height and width of the result.
-        """
-        height, width = size.tolist()
-        image = Image.fromarray(pixels.numpy()).resize((width, height), Image.BILINEAR)
-        return torch.from_numpy(np.array(image))
-
-    @staticmethod
-    def symbolic(g: Any, pixels: Any, size: Any) -> Any:
-        # With the channels first, which is what runtimes resize.
-        planes = g.op("Unsqueeze", g.op("Transpose", pixels, perm_i=[2, 0, 1]), _constant(g, [0]))
-        nothing = g.op("Constant", value_t=torch.zeros(0))
-        planes = g.op(
-            "Resize",
-            planes,
-            nothing,
-            nothing,
-            g.op("Concat", _constant(g, [1, 3]), size, axis_i=0),
-            mode_s="linear",
-            antialias_i=1,
-            # Weights of places outside of the image go to all others, not to the border.
-            exclude_outside_i=1,
-            coordinate_transformation_mode_s="half_pixel",
-        )
-        resized = g.op("Transpose", g.op("Squeeze", planes, _constant(g, [0])), perm_i=[1, 2, 0])
-        return resized.setType(pixels.type().with_sizes([None, None, 3]))
 
 
 def _constant(g: Any, value: Any, dtype: torch.dtype = torch.int64) -> Any:

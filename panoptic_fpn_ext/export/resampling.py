@@ -1,4 +1,4 @@
-"""Resizing of pixels as Pillow does it, bit for bit, in PyTorch; for TorchScript.
+"""Resizing of pixels as Pillow does it, bit for bit, in PyTorch, to be traced.
 
 Detectron2 resizes 8-bit images by Pillow: bilinear, with as many input pixels under an output pixel
 as shrinking takes (antialiasing), in fixed point, along the rows and then along the columns, each
@@ -21,8 +21,9 @@ def resized(image: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
         (height, width, C) uint8.
     """
     height, width = torch._shape_as_tensor(image)[:2]
-    image = _columns(image, size[1], *_taps(width, size[1]))
-    return _rows(image, size[0], *_taps(height, size[0]))
+    # Columns as rows: what is gathered then is one piece of memory each.
+    columns = _rows(image.transpose(0, 1), size[1], *_taps(width, size[1]))
+    return _rows(columns.transpose(0, 1), size[0], *_taps(height, size[0]))
 
 
 def _taps(length: torch.Tensor, number: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,33 +36,18 @@ def _taps(length: torch.Tensor, number: torch.Tensor) -> tuple[torch.Tensor, tor
     Returns:
         (taps, outputs) int64 inputs of each; (taps, outputs) int32 weights of them.
     """
-    length = length.double()
-    scale = length / number.double()
+    length = length.double().reshape(1)  # PyTorch's exporter makes scalars float32
+    scale = length / number.double().reshape(1)
     support = scale.clamp(min=1)
     center = (torch.arange(number).double() + 0.5) * scale
     first = (center - support + 0.5).floor().clamp(min=0)
     last = torch.minimum((center + support + 0.5).floor(), length)
-    place = torch.arange(support.ceil().long() * 2 + 1).double()[:, None] + first
+    place = torch.arange((2 * support[0]).ceil().long()).double()[:, None] + first
     weights = (1 - ((place - center + 0.5) / support).abs()).clamp(min=0)
     weights = weights * (place < last)
     weights = weights / weights.sum(dim=0)
     place = torch.minimum(place, length - 1)
     return place.long(), (weights * SCALE + 0.5).floor().int()
-
-
-# Two functions, one for each axis: a loop that is traced has to be one that stays.
-@torch.jit.script_if_tracing
-def _columns(
-    image: torch.Tensor, number: torch.Tensor, places: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
-    if int(image.size(1)) != int(number):
-        total = torch.zeros_like(image[:, :1], dtype=torch.int32) + 2097152
-        for k in range(weights.size(0)):
-            pixels = image.index_select(1, places[k]).to(torch.int32)
-            total = total + pixels * weights[k].unsqueeze(1)
-        total = torch.div(total, 4194304, rounding_mode="trunc")
-        image = total.clamp(0, 255).to(torch.uint8)
-    return image
 
 
 @torch.jit.script_if_tracing
@@ -73,6 +59,5 @@ def _rows(
         for k in range(weights.size(0)):
             pixels = image.index_select(0, places[k]).to(torch.int32)
             total = total + pixels * weights[k].unsqueeze(1).unsqueeze(1)
-        total = torch.div(total, 4194304, rounding_mode="trunc")
-        image = total.clamp(0, 255).to(torch.uint8)
+        image = torch.div(total, 4194304, rounding_mode="trunc").to(torch.uint8)
     return image
