@@ -20,7 +20,7 @@ from ..errors import UserError
 
 LOGGERS = ("fvcore", "detectron2", "panoptic_fpn_ext")
 CHECKPOINTS = ("last_checkpoint", "model_*.pth")
-METRICS = ("metrics.json", "events.out.tfevents.*")
+METRICS = ("metrics.json", "events.out.tfevents.*", "failed_batch.pth")
 
 logger = logging.getLogger(__name__)
 

@@ -32,6 +32,7 @@ from ..errors import UserError
 from ..evaluation import EvaluationUserError, IndependentEvaluators, build_evaluator
 from .checkpoint import PanopticFPNCheckpointer
 from .checkpoint_hooks import KeepBest, KeepNewest, StoppedEarly
+from .failed_batch import save_failed_batch
 from .interruption import Interrupted, StopOnSignal
 from .validation_loss import validation_losses
 
@@ -178,25 +179,42 @@ class Trainer(DefaultTrainer):
                 raise
             raise UserError(f"OUTPUT_DIR {self.cfg.OUTPUT_DIR}: {error.strerror}") from error
         except FloatingPointError as error:
-            losses = re.findall(r"'(loss_\w+)': (?:np.float64\()?([\w.+-]+)", str(error))
-            raise UserError(
-                f"the loss is infinite or nan at iteration {self.iter}: "
-                f"{', '.join(f'{name} {float(value):.3g}' for name, value in losses)}, of "
-                f"{', '.join(self._images_of_iteration())} (seed {self._seed}); lower "
-                f"SOLVER.BASE_LR {self.cfg.SOLVER.BASE_LR}, lengthen SOLVER.WARMUP_ITERS, or set "
-                "SOLVER.CLIP_GRADIENTS.ENABLED True"
-            ) from error
+            raise UserError(self._failure(error)) from error
         if self._evaluation_error:
             raise self._evaluation_error
         return results
 
-    def _images_of_iteration(self) -> list[str]:
-        """The files of the batch of this process."""
-        batches = self._trainer.data_loader
-        if not isinstance(batches, TrainingBatches):
-            return ["images that are not known"]
-        batches.start = self.iter
-        return [image.get("file_name", "an image") for image in next(iter(batches))]
+    def _failure(self, error: FloatingPointError) -> str:
+        """What to say of an iteration whose loss is infinite or nan; its batch is saved."""
+        batch: list[dict[str, Any]] = []
+        batches, saved = self._trainer.data_loader, ""
+        if isinstance(batches, TrainingBatches):
+            batches.start = self.iter
+            batch = next(iter(batches))
+            seeds = self._seed, self.iter, comm.get_rank()
+            try:
+                saved = save_failed_batch(
+                    self.cfg.OUTPUT_DIR,
+                    model=self.model,
+                    batch=batch,
+                    seeds=seeds,
+                    iteration=self.iter,
+                )
+            except UserError as reason:
+                logger.warning("The batch is not kept: %s", reason)
+        losses = re.findall(r"'(loss_\w+)': (?:np.float64\()?([\w.+-]+)", str(error))
+        terms = ", ".join(f"{name} {float(value):.3g}" for name, value in losses)
+        terms = terms or str(error).rstrip(".")
+        names = ", ".join(image.get("file_name", "an image") for image in batch)
+        replayed = (
+            f"; python tools/replay_batch.py {saved} says where it comes from" if saved else ""
+        )
+        return (
+            f"the loss is infinite or nan at iteration {self.iter}: {terms}, of "
+            f"{names or 'images that are not known'} (seed {self._seed}); lower SOLVER.BASE_LR "
+            f"{self.cfg.SOLVER.BASE_LR}, lengthen SOLVER.WARMUP_ITERS, or set "
+            f"SOLVER.CLIP_GRADIENTS.ENABLED True{replayed}"
+        )
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
