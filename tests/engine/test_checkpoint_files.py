@@ -4,12 +4,14 @@ import io
 import itertools
 import os
 import pickle
+import pickletools
 import subprocess
 import tarfile
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -379,6 +381,27 @@ def test_other_bytes_are_one_line(tmp_path_factory, ending):
     @given(st.integers(0, len(whole)), st.binary(min_size=1, max_size=40))
     def check(place: int, content: bytes) -> None:
         read_or_refused(folder, ending, whole[:place] + content + whole[place + len(content) :])
+
+    check()
+
+
+OPCODES = [opcode.code.encode("latin1") for opcode in pickletools.opcodes]
+GLOBALS = [b"cos\nsystem\n", b"cbuiltins\neval\n", b"cnumpy\ndtype\n", b"cbuiltins\nlist\n"]
+VALUES = [b"K\x01", b"I7\n", b"X\x02\0\0\0f8", b"\x8c\x05model", b"]", b"}", b"(", b")", b"t", b"R"]
+
+
+@pytest.mark.faults
+def test_any_pickle_is_read_or_refused(tmp_path_factory):
+    """Of all operations of pickles, in any order; none that makes a value calls a function."""
+    folder = tmp_path_factory.mktemp("pickles")
+    words = st.sampled_from(OPCODES) | st.sampled_from(GLOBALS + VALUES) | st.binary(max_size=3)
+
+    @given(st.lists(words, max_size=30))
+    def check(program: list[bytes]) -> None:
+        with mock.patch("os.system") as system, mock.patch("builtins.eval") as evaluate:
+            read_or_refused(folder, "pkl", b"\x80\x04" + b"".join(program) + b".")
+        assert not system.called
+        assert not evaluate.called
 
     check()
 
