@@ -48,7 +48,8 @@ def test_the_page_is_one_file_with_all_in_it(report):
     pictures = json.loads(re.search(r'id="pictures">(.*?)</script>', page, re.DOTALL)[1])
     groups = json.loads(re.search(r'id="groups">(.*?)</script>', page, re.DOTALL)[1])
     assert len(pictures) == 6
-    assert [pictures[k]["pq"] for k in groups[0]["images"]] == sorted(p["pq"] for p in pictures)
+    worst = [float(pictures[k]["caption"].split()[-1]) for k in groups[0]["images"]]
+    assert worst == sorted(worst) and len(worst) == 6
     content = json.loads((report.parent / "report.json").read_text())
     assert content["analysis"]["images"] == len(content["image_counts"]) == 6
     assert {row["name"] for row in content["analysis"]["classes"]} >= {"disc", "sky"}
