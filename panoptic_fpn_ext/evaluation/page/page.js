@@ -38,6 +38,7 @@
   }
 
   // Images
+  if (!groups.length) return;
   const canvases = [...document.querySelectorAll("canvas")];
   const state = { group: 0, place: 0, overlay: true, truth: false, flipped: false, maps: {} };
   const opacity = element("opacity"), colour = element("colour"), thumbs = element("thumbs");
@@ -151,5 +152,19 @@
     else return;
     event.preventDefault();
   });
-  if (groups.length) fill();
+  // Buttons that name an image show it.
+  for (const button of document.querySelectorAll("[data-picture]")) {
+    button.addEventListener("click", () => {
+      const wanted = Number(button.dataset.picture);
+      const group = groups.findIndex((g) => g.images.includes(wanted));
+      if (group !== state.group) {
+        select.value = state.group = group;
+        fill();
+      }
+      state.place = groups[group].images.indexOf(wanted);
+      show();
+      element("viewer").scrollIntoView({ block: "nearest" });
+    });
+  }
+  fill();
 })();
