@@ -16,11 +16,12 @@ from .report_maps import KeptMaps
 logger = logging.getLogger(__name__)
 
 MOST_IMAGES = 60
+CHANGES = ("better", "worse")
 LEGEND = {
     **{kind: KIND_TEXTS[kind][0] for kind in KINDS},
-    GAINED: "In the truth: found by B alone",
-    LOST: "found by A alone",
-    MATCH: "Found, in the truth by both",
+    GAINED: "Truth that B alone finds",
+    LOST: "Truth that A alone finds",
+    MATCH: "Found",
 }
 
 
@@ -56,7 +57,10 @@ def write_difference_page(
         "headlines": {"PQ": "PQ", "PQ_th": "PQ things", "PQ_st": "PQ stuff"},
         "classes": _classes(result, a["analysis"]["classes"]),
         "prices": _prices(a, b),
-        "images": [{**c, "place": places.get(c["image"])} for c in _changed(result)],
+        "images": {
+            which: [{**change, "place": places.get(change["image"])} for change in result[which]]
+            for which in CHANGES
+        },
     }
     try:
         write_page(
@@ -72,13 +76,9 @@ def write_difference_page(
     return len(pictures)
 
 
-def _changed(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [*result["better"], *result["worse"]]
-
-
 def _titles(result: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     """Headings, and the images under each; the most changed first."""
-    for which in ("better", "worse"):
+    for which in CHANGES:
         yield f"Most {which} by PQ of the image", [c["image"] for c in result[which]]
     for name, images in result["images_of_classes"].items():
         which = "better" if result["scores"][name]["difference"] > 0 else "worse"

@@ -2,6 +2,7 @@
 
 import os
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from .pictures import ShownImage
 
 NAME = "report_maps.zip"
 MOST_BYTES = 100_000_000
+DAMAGES = (zipfile.BadZipFile, zlib.error, RuntimeError, OSError)
 COLORS = "colors.json"
 COLOR_KEYS = ("thing_colors", "stuff_colors")
 
@@ -75,7 +77,7 @@ class KeptMaps:
     def _read(self, name: str, decoder: Any) -> Any:
         try:
             return decoder.decode(self._archive.read(name))
-        except (zipfile.BadZipFile, OSError, KeyError, msgspec.MsgspecError) as error:
+        except (*DAMAGES, KeyError, msgspec.MsgspecError) as error:
             raise UserError(f"{self._path}: {name} in it is damaged; evaluate again") from error
 
 
@@ -91,7 +93,7 @@ def kept_maps(path: Path) -> Iterator[KeptMaps | None]:
     except FileNotFoundError:
         yield None
         return
-    except (zipfile.BadZipFile, OSError) as error:
+    except DAMAGES as error:
         raise UserError(f"{path}: cannot be read: {error}; evaluate again") from error
     with archive:
         yield KeptMaps(archive, path)

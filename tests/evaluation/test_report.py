@@ -2,8 +2,7 @@
 
 import json
 import re
-import shutil
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +17,9 @@ from panoptic_fpn_ext.evaluation import (
     build_evaluator,
 )
 
+from ..browser import check_looks_and_requests, drawn, pressed, wait_for
 from .conftest import in_parts
 from .test_build import config
-
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 
 def written(
@@ -101,41 +99,13 @@ def test_several_processes_give_the_same(shapes_predictions, tmp_path, evaluate_
     assert facts[0] == facts[1]
 
 
-@pytest.fixture
-def browser() -> Iterator:
-    if not (CHROMIUM and DRIVER):
-        pytest.skip("no browser: apt-get install chromium chromium-driver")
-    webdriver = pytest.importorskip("selenium.webdriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "window-size=1240,1000"):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
-
-
-def wait(browser, script: str) -> None:
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    WebDriverWait(browser, 10).until(lambda driver: driver.execute_script(f"return {script}"))
-
-
 def test_in_a_browser(report, browser):
     from selenium.webdriver import ActionChains, Keys
     from selenium.webdriver.common.by import By
 
-    def pixels(place: int) -> str:
-        return browser.execute_script(
-            f"return document.querySelectorAll('canvas')[{place}].toDataURL()"
-        )
-
-    def press(*keys: str) -> None:
-        ActionChains(browser).send_keys(*keys).perform()
-
+    pixels, press, wait = (partial(f, browser) for f in (drawn, pressed, wait_for))
     browser.get(report.as_uri())
-    wait(browser, "document.body.dataset.shown")
+    wait("document.body.dataset.shown")
 
     # Tables sort, by numbers as numbers, from the keyboard, too.
     button = browser.find_element(By.XPATH, "//thead//button[text()='PQ']")
@@ -164,9 +134,9 @@ def test_in_a_browser(report, browser):
     assert pixels(1) == overlaid
     first = browser.find_element(By.ID, "caption").text
     press(Keys.ARROW_RIGHT)
-    wait(browser, f"document.getElementById('caption').textContent !== {json.dumps(first)}")
+    wait(f"document.getElementById('caption').textContent !== {json.dumps(first)}")
     press(Keys.ARROW_LEFT)
-    wait(browser, f"document.getElementById('caption').textContent === {json.dumps(first)}")
+    wait(f"document.getElementById('caption').textContent === {json.dumps(first)}")
 
     # Segments are named.
     canvas = browser.find_elements(By.CSS_SELECTOR, "canvas")[2]
@@ -186,19 +156,4 @@ def test_in_a_browser(report, browser):
         *("Worst 12 by PQ of the image", "Best 6 by PQ of the image", "Random 6")
     ]
 
-    # Both themes, and a phone.
-    colors = set()
-    for _ in range(2):
-        browser.find_element(By.ID, "theme").click()
-        colors.add(browser.execute_script("return getComputedStyle(document.body).color"))
-    assert len(colors) == 2
-    size = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
-
-    assert browser.get_log("browser") == []
-    sent = [json.loads(e["message"])["message"] for e in browser.get_log("performance")]
-    urls = {
-        m["params"]["request"]["url"] for m in sent if m["method"] == "Network.requestWillBeSent"
-    }
-    assert {url for url in urls if not url.startswith("data:")} == {report.as_uri()}
+    check_looks_and_requests(browser, report)
