@@ -29,8 +29,10 @@ from ..config_differences import differences, grouped_differences
 from .analysis import IGNORED, MATCH
 from .base import ImageEvaluator
 from .instance_ap import InstanceAPEvaluator
+from .merging_losses import Dropped, MergingThresholds, dropped_segments, merging_prices
 from .pages import KIND_TEXTS, plain, write_page
 from .panoptic_errors import KINDS
+from .panoptic_maps import read_ground_truth
 from .panoptic_quality import PanopticQualityEvaluator
 from .pictures import ShownImage, index_png, picture
 from .report_maps import NAME, write_maps
@@ -43,6 +45,11 @@ MOST_IMAGES = 80
 CONFUSIONS = 25
 FEW_IMAGES = 1000  # with more the interval of AP takes minutes: TEST.INTERVALS asks for it
 
+REASON_TEXTS = {
+    "score": "INSTANCES_CONFIDENCE_THRESH: a detection of too low a score",
+    "overlap": "OVERLAP_THRESH: a detection that better ones cover",
+    "area": "STUFF_AREA_LIMIT: a region of too few pixels",
+}
 HEADLINES = (
     ("panoptic_seg", "PQ", "PQ"),
     ("panoptic_seg", "PQ_th", "PQ things"),
@@ -61,11 +68,13 @@ class ImagePrediction:
         record: its dataset dict, without what is not drawn.
         png: of the map, 8-bit, which segment, from 1, each pixel belongs to; 0 is void.
         scores: of the segments, by id; of stuff None.
+        dropped: what merging has dropped of missed segments; None where that is not known.
     """
 
     record: dict[str, Any]
     png: bytes
     scores: dict[int, float | None]
+    dropped: list[Dropped] | None
 
 
 class ReportWriter(ImageEvaluator[ImagePrediction]):
@@ -84,6 +93,7 @@ class ReportWriter(ImageEvaluator[ImagePrediction]):
         dataset_name: str,
         evaluators: Sequence[ImageEvaluator],
         cfg: CfgNode | None = None,
+        merging: MergingThresholds | None = None,
         distributed: bool = True,
     ) -> None:
         """
@@ -93,46 +103,56 @@ class ReportWriter(ImageEvaluator[ImagePrediction]):
             evaluators: those whose scores are shown; among them a
                 :class:`PanopticQualityEvaluator`.
             cfg: the config to show.
+            merging: by which the predictions are merged, to show what that drops.
             distributed: gather from all processes; otherwise each writes its own.
         """
         super().__init__(distributed=distributed)
         self._folder = Path(folder)
         self._name = dataset_name
         self._evaluators = list(evaluators)
+        self._panoptic = next(e for e in evaluators if isinstance(e, PanopticQualityEvaluator))
         self._cfg = cfg
+        self._merging = merging
 
     def reset(self) -> None:
         super().reset()
         self._began = time.time()
 
+    def read(self, output: Mapping[str, Any]) -> Mapping[str, Any]:
+        return output
+
     def evaluate_image(
-        self,
-        record: Mapping[str, Any],
-        prediction: tuple[torch.Tensor | np.ndarray, Sequence[Mapping[str, Any]]],
-        source: str,
+        self, record: Mapping[str, Any], prediction: Mapping[str, Any], source: str
     ) -> ImagePrediction:
-        """A small map of an image's prediction.
+        """A small map of an image's prediction, and what merging has dropped.
 
         Args:
-            record: dataset dict with ``file_name``, ``pan_seg_file_name`` and ``segments_info``.
-            prediction: ``panoptic_seg``, see :class:`PanopticQualityEvaluator`.
+            record: dataset dict with ``file_name`` and ``pan_seg_file_name``.
+            prediction: all outputs of the model: ``panoptic_seg``, see
+                :class:`PanopticQualityEvaluator`, and see :func:`dropped_segments`.
         """
-        ids, segments = prediction
+        ids, segments = prediction["panoptic_seg"]
         ids = ids.cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
+        dropped = None
+        if self._merging and (found := self._panoptic.found(record)):
+            truth = read_ground_truth(record["pan_seg_file_name"])
+            dropped = dropped_segments(found.segments, truth, prediction, self._merging)
         return ImagePrediction(
             {key: record[key] for key in ("file_name", "pan_seg_file_name")},
             index_png(ids, [s["id"] for s in segments]),
             {int(s["id"]): _number(s.get("score")) for s in segments},
+            dropped,
         )
 
     def summarize(self, images: Mapping[tuple[Hashable, str], ImagePrediction]) -> None:
         """Write the files."""
-        panoptic = next(e for e in self._evaluators if isinstance(e, PanopticQualityEvaluator))
+        panoptic = self._panoptic
         if not panoptic.images:
             logger.warning("No panoptic quality, so no report is written")
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        data = self._facts(panoptic)
+        dropped = [image.dropped for image in images.values()]
+        data = self._facts(panoptic) | {"merging": merging_prices(dropped, panoptic.totals())}
         names = _names_of_images(panoptic)
         content = {
             **data,
@@ -159,7 +179,13 @@ class ReportWriter(ImageEvaluator[ImagePrediction]):
         legend = {kind: KIND_TEXTS[kind][0] for kind in KINDS} | {MATCH: "Found"}
         path = self._folder / "report.html"
         write_page(
-            path, "report.html.jinja", pictures=pictures, groups=groups, legend=legend, data=data
+            path,
+            "report.html.jinja",
+            pictures=pictures,
+            groups=groups,
+            legend=legend,
+            data=data,
+            reasons=REASON_TEXTS,
         )
         logger.info("Report written to %s (%.1f MB)", path, path.stat().st_size / 1e6)
 

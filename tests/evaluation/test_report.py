@@ -16,6 +16,8 @@ from panoptic_fpn_ext.evaluation import (
     SemSegIoUEvaluator,
     build_evaluator,
 )
+from panoptic_fpn_ext.evaluation.merging_losses import MergingThresholds
+from panoptic_fpn_ext.modeling.merging import merge_panoptic
 
 from ..browser import check_looks_and_requests, drawn, pressed, wait_for
 from .conftest import in_parts
@@ -30,6 +32,18 @@ def written(
     evaluator.process(records, outputs)
     evaluator.evaluate()
     assert not evaluator.failures
+
+
+MERGING = {
+    **{"thing_sem_seg_ids": [0], "overlap_threshold": 0.5, "stuff_area_thresh": 300},
+    "instances_score_thresh": 0.6,
+}
+
+
+def merged(output: dict) -> dict:
+    """The outputs of an image, the panoptic map made of the two others."""
+    merging = merge_panoptic(output["instances"], output["sem_seg"].argmax(0), **MERGING)
+    return {**output, "panoptic_seg": merging}
 
 
 @pytest.fixture
@@ -54,6 +68,23 @@ def test_the_page_is_one_file_with_all_in_it(report):
     assert [h["label"] for h in content["headlines"]] == [
         *("PQ", "PQ things", "PQ stuff", "mIoU", "mask AP", "box AP")
     ]
+
+
+def test_what_merging_drops(shapes_predictions, tmp_path):
+    records, outputs = shapes_predictions
+    combine = "MODEL__PANOPTIC_FPN__COMBINE__"
+    keys = {f"{combine}INSTANCES_CONFIDENCE_THRESH": 0.6, f"{combine}STUFF_AREA_LIMIT": 300}
+    written(tmp_path / "all", records, [merged(output) for output in outputs], **keys)
+    merging = json.loads((tmp_path / "all/report.json").read_text())["merging"]
+    assert list(merging) == ["score", "overlap", "area"]
+    score = merging["score"]
+    assert score["missed"] and score["PQ_th"] > score["PQ"] > 0 == score["PQ_st"]
+    assert "INSTANCES_CONFIDENCE_THRESH" in (tmp_path / "all/report.html").read_text("utf-8")
+
+    written(tmp_path / "foreign", records, outputs, **keys)  # of which merging is not known
+    assert json.loads((tmp_path / "foreign/report.json").read_text())["merging"] is None
+    page = (tmp_path / "foreign/report.html").read_text("utf-8")
+    assert "Merging" not in page
 
 
 def test_names_cannot_break_the_page(
@@ -81,14 +112,21 @@ def test_several_processes_give_the_same(shapes_predictions, tmp_path, evaluate_
             parts = (PanopticQualityEvaluator, SemSegIoUEvaluator, InstanceAPEvaluator)
             self.parts = [part.from_dataset("shapes_val") for part in parts]
             self.parts.append(
-                ReportWriter(folder=folder, dataset_name="shapes_val", evaluators=self.parts[:3])
+                ReportWriter(
+                    folder=folder,
+                    dataset_name="shapes_val",
+                    evaluators=self.parts[:3],
+                    merging=MergingThresholds(score=0.6, stuff_area=300),
+                )
             )
 
+    records, outputs = shapes_predictions
+    outputs = [merged(output) for output in outputs]
     facts = []
     for number in (1, 3):
         folder = tmp_path / str(number)
         evaluators = [All(folder) for _ in range(number)]
-        parts = in_parts(np.random.default_rng(0), number, *shapes_predictions)
+        parts = in_parts(np.random.default_rng(0), number, records, outputs)
         for place in range(4):
             column = iter([everything.parts[place] for everything in evaluators])
             evaluate_in_processes(lambda column=column: next(column), parts)
@@ -97,6 +135,7 @@ def test_several_processes_give_the_same(shapes_predictions, tmp_path, evaluate_
         page = (folder / "report.html").read_text("utf-8")
         facts.append((content, page[page.index('id="pictures"') :]))
     assert facts[0] == facts[1]
+    assert facts[0][0]["merging"]["score"]["missed"]
 
 
 def test_in_a_browser(report, browser):
