@@ -37,7 +37,7 @@ class Differences:
 
     Attributes:
         title: the heading.
-        before: what the third of a row is, in words.
+        before: what the third of a row is called.
         rows: key, value, and its value before.
     """
 
@@ -83,7 +83,7 @@ def grouped_differences(cfg: CfgNode) -> list[Differences]:
     rest that differs from the defaults; where the origin is not known, all that does."""
     all_of_them, origin = differences(cfg), origin_of(cfg)
     if origin is None:
-        groups = [Differences("Differs from the defaults", "default", all_of_them)]
+        groups = [Differences("differs from the defaults", "Default", all_of_them)]
     else:
         values = flat(cfg)
 
@@ -92,13 +92,13 @@ def grouped_differences(cfg: CfgNode) -> list[Differences]:
 
         own = {k: v for k, v in origin.own.items() if k not in origin.command_line}
         rest = [r for r in all_of_them if r[0] not in own and r[0] not in origin.command_line]
-        title, before = f"In {origin.file}", "default"
+        title, before = f"in {origin.file}", "Default"
         if origin.bases:
-            title, before = f"{title}, beyond {', '.join(origin.bases)}", "in its _BASE_"
+            title, before = f"{title}, beyond {', '.join(origin.bases)}", "In its _BASE_"
         groups = [
-            Differences("Given on the command line", "in the file", rows(origin.command_line)),
+            Differences("given on the command line", "In the file", rows(origin.command_line)),
             Differences(title, before, rows(own)),
-            Differences("The rest that differs from the defaults", "default", rest),
+            Differences("the rest that differs from the defaults", "Default", rest),
         ]
     return [group for group in groups if group.rows]
 

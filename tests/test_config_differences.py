@@ -44,14 +44,14 @@ def test_each_key_is_said_by_one(shapes, child, tmp_path):
     opts += ("MODEL.PANOPTIC_FPN.OUTPUTS", "['sem_seg']")
     cfg = run_of(child, *opts)
     given, own, rest = grouped_differences(pickle.loads(pickle.dumps(cfg.clone())))
-    assert (given.title, given.before) == ("Given on the command line", "in the file")
+    assert (given.title, given.before) == ("given on the command line", "In the file")
     assert given.rows == [
         ("OUTPUT_DIR", output, "output/quickstart"),
         ("SOLVER.MAX_ITER", "7", "9"),
         ("MODEL.MASK_ON", "False", "True"),
         ("MODEL.PANOPTIC_FPN.OUTPUTS", "['sem_seg']", "['sem_seg', 'instances', 'panoptic_seg']"),
     ]
-    assert own.title == f"In {child}, beyond first.yaml, other.yaml"
+    assert own.title == f"in {child}, beyond first.yaml, other.yaml"
     assert sorted(own.rows) == [
         ("SOLVER.BASE_LR", "0.25", "0.5"),
         ("SOLVER.STEPS", "(3,)", "(380, 460)"),
@@ -67,7 +67,7 @@ def test_each_key_is_said_by_one(shapes, child, tmp_path):
 
 def test_a_file_without_base_and_no_command_line(shapes):
     own, rest = grouped_differences(run_of(REPOSITORY / CONFIG))
-    assert own.title == f"In {REPOSITORY / CONFIG}" and own.before == "default"
+    assert own.title == f"in {REPOSITORY / CONFIG}" and own.before == "Default"
     assert ("SOLVER.OPTIMIZER", "ADAMW", "SGD") in own.rows
     assert "SOLVER.OPTIMIZER" not in [row[0] for row in rest.rows]
 
@@ -78,5 +78,5 @@ def test_of_unknown_origin_there_is_one_list():
     assert grouped_differences(cfg) == []
     cfg.SEED = 3
     (group,) = grouped_differences(cfg)
-    assert group.title == "Differs from the defaults" and group.rows == [("SEED", "3", "-1")]
+    assert group.title == "differs from the defaults" and group.rows == [("SEED", "3", "-1")]
     assert origin_of(cfg) is None

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import UserError
 from .analysis import MATCH
-from .pages import KIND_TEXTS, write_page
+from .pages import KIND_TEXTS, REASON_TEXTS, write_page
 from .panoptic_errors import KINDS
 from .pictures import GAINED, LOST, picture
 from .report_maps import KeptMaps
@@ -16,7 +16,7 @@ from .report_maps import KeptMaps
 logger = logging.getLogger(__name__)
 
 MOST_IMAGES = 60
-CHANGES = ("better", "worse")
+CHANGES = {"better": "Biggest gains", "worse": "Biggest losses"}
 LEGEND = {
     **{kind: KIND_TEXTS[kind][0] for kind in KINDS},
     GAINED: "Truth that B alone finds",
@@ -58,8 +58,8 @@ def write_difference_page(
         "classes": _classes(result, a["analysis"]["classes"]),
         "prices": _prices(a, b),
         "images": {
-            which: [{**change, "place": places.get(change["image"])} for change in result[which]]
-            for which in CHANGES
+            title: [{**change, "place": places.get(change["image"])} for change in result[which]]
+            for which, title in CHANGES.items()
         },
     }
     try:
@@ -78,11 +78,11 @@ def write_difference_page(
 
 def _titles(result: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     """Headings, and the images under each; the most changed first."""
-    for which in CHANGES:
-        yield f"Most {which} by PQ of the image", [c["image"] for c in result[which]]
+    for which, title in CHANGES.items():
+        yield f"{title} by PQ of the image", [c["image"] for c in result[which]]
     for name, images in result["images_of_classes"].items():
         which = "better" if result["scores"][name]["difference"] > 0 else "worse"
-        yield f"Most {which} of class: {name}", images
+        yield f"{CHANGES[which]} of class: {name}", images
 
 
 def _pictures(
@@ -133,10 +133,18 @@ def _classes(
 
 
 def _prices(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What each kind of error costs each run."""
+    """What each kind of error, and what merging drops, costs each run."""
     ours, theirs = (run["analysis"].get("prices", {}) for run in (a, b))
-    return [
-        {"kind": kind, "a": ours[kind]["PQ"], "b": theirs[kind]["PQ"]}
-        for kind in KIND_TEXTS
+    rows = [
+        {"kind": kind, "title": title, "text": text, "a": ours[kind]["PQ"], "b": theirs[kind]["PQ"]}
+        for kind, (title, text) in KIND_TEXTS.items()
         if kind in ours and kind in theirs
     ]
+    ours, theirs = (run.get("merging") or {} for run in (a, b))
+    for reason, text in REASON_TEXTS.items():
+        if reason in ours and reason in theirs:
+            prices = {"a": ours[reason]["PQ"], "b": theirs[reason]["PQ"]}
+            rows.append(
+                {"kind": "merging", "title": f"Dropped by {reason}", "text": text, **prices}
+            )
+    return rows

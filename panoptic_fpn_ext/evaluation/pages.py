@@ -20,6 +20,11 @@ KIND_TEXTS = {
     "made_up": ("Made up", "a prediction of nothing"),
     "perfect_outlines": ("Outlines (SQ)", "what is found had IoU 1"),
 }
+REASON_TEXTS = {
+    "score": "INSTANCES_CONFIDENCE_THRESH: a detection of too low a score",
+    "overlap": "OVERLAP_THRESH: a detection that better ones cover",
+    "area": "STUFF_AREA_LIMIT: a region of too few pixels",
+}
 
 
 def write_page(
@@ -53,6 +58,7 @@ def write_page(
     )
     text = environment.get_template(template).render(
         kinds=KIND_TEXTS,
+        reasons=REASON_TEXTS,
         legend=legend,
         pictures=_in_script(pictures),
         groups=_in_script(groups),

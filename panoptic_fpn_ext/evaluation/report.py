@@ -45,11 +45,6 @@ MOST_IMAGES = 80
 CONFUSIONS = 25
 FEW_IMAGES = 1000  # with more the interval of AP takes minutes: TEST.INTERVALS asks for it
 
-REASON_TEXTS = {
-    "score": "INSTANCES_CONFIDENCE_THRESH: a detection of too low a score",
-    "overlap": "OVERLAP_THRESH: a detection that better ones cover",
-    "area": "STUFF_AREA_LIMIT: a region of too few pixels",
-}
 HEADLINES = (
     ("panoptic_seg", "PQ", "PQ"),
     ("panoptic_seg", "PQ_th", "PQ things"),
@@ -185,7 +180,6 @@ class ReportWriter(ImageEvaluator[ImagePrediction]):
             groups=groups,
             legend=legend,
             data=data,
-            reasons=REASON_TEXTS,
         )
         logger.info("Report written to %s (%.1f MB)", path, path.stat().st_size / 1e6)
 

@@ -65,7 +65,7 @@ def test_the_most_changed_images_of_both_runs_beside_the_truth(runs, page, shape
     pictures, groups = content(page, "pictures"), content(page, "groups")
     names = [Path(record["file_name"]).name for record in shapes_predictions[0]]
     assert {g["title"] for g in groups} >= {
-        f"Most {w} by PQ of the image" for w in ("better", "worse")
+        f"Biggest {w} by PQ of the image" for w in ("gains", "losses")
     }
     by_group = [{pictures[k]["name"] for k in group["images"]} for group in groups]
     assert by_group[:2] == [set(names[:2]), {names[2]}]  # the others are the same
@@ -162,7 +162,7 @@ def test_in_a_browser(page, browser):
     selected = browser.execute_script(
         "return document.getElementById('group').selectedOptions[0].text"
     )
-    assert selected == "Most worse by PQ of the image"
+    assert selected == "Biggest losses by PQ of the image"
 
     canvas = browser.find_elements(By.CSS_SELECTOR, "canvas")[2]
     ActionChains(browser).move_to_element(canvas).perform()
