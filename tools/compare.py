@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reports = [read(path) for path in (args.a, args.b)]
         result = compare(*reports)
         if args.html:
-            write_html(args.html, result, (args.a, args.b), reports)
+            number = write_html(args.html, result, (args.a, args.b), reports)
         if args.json:
             try:
                 args.json.write_text(json.dumps(result, indent=2), "utf-8")
@@ -58,13 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"compare.py: error: {error}", file=sys.stderr)
         return 2
     print(text(result))
+    if args.html:
+        print(f"\n{args.html} shows {number} images of both runs")
     return 0
 
 
 def write_html(
     page: Path, result: dict[str, Any], paths: Sequence[Path], reports: Sequence[dict[str, Any]]
-) -> None:
-    """Write the page; say where it has fewer pictures than it could.
+) -> int:
+    """Write the page; how many images it shows.
 
     Raises:
         UserError: it cannot be written, or the maps of a run are damaged.
@@ -77,7 +79,7 @@ def write_html(
             if kept is None:
                 print(f"compare.py: no pictures: {maps} is not there", file=sys.stderr)
             runs.append((str(path), report, kept))
-        write_difference_page(page, result, runs)
+        return write_difference_page(page, result, runs)
 
 
 def report_of(path: Path) -> Path:

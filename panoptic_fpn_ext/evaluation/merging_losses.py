@@ -117,7 +117,7 @@ class _Detections:
 
     def __init__(self, instances: Instances, kept: set[int], labelled: np.ndarray) -> None:
         masks = instances.pred_masks
-        self._masks = masks if masks.is_cuda else masks.numpy()
+        self._masks = masks.numpy() if masks.device.type == "cpu" else masks
         self._labelled = labelled
         self._scores = instances.scores.tolist()
         self._of_class: dict[int, list[int]] = {}

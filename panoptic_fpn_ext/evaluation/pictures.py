@@ -11,6 +11,7 @@ import numpy as np
 from detectron2.data import Metadata
 
 from ..data.image_files import read_image
+from ..errors import UserError
 from .analysis import MATCH, PanopticImage, Segment
 from .panoptic_maps import read_ground_truth, segment_places
 from .panoptic_matching import Category
@@ -81,7 +82,8 @@ def picture(
         colour.
 
     Raises:
-        UserError: the image or its ground truth cannot be read.
+        UserError: the image or its ground truth cannot be read, or is another than that which a
+            run was evaluated on.
     """
     from ..visualization import agreeing_colors  # it draws what evaluators keep: they come first
 
@@ -97,6 +99,12 @@ def picture(
 
     maps = {}
     for label, run in images.items():
+        theirs = [s for s in run.segments if s.true]
+        if [(s.id, s.category) for s in theirs] != [(s.id, s.category) for s in true]:
+            raise UserError(f"{shown.pan_seg_file_name}: of other true segments in {label}")
+        sizes = {size, *(_numbers(p).shape[::-1] for p in (png, run.png))}
+        if len(sizes) > 1:
+            raise UserError(f"{shown.file_name}: of another size than in {label}")
         segments = [segment for segment in run.segments if not segment.true]
         colors, true_colors = agreeing_colors(
             (_numbers(run.png), _infos(segments)), truth, metadata

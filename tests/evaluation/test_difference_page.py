@@ -3,14 +3,17 @@
 import importlib.util
 import json
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from panoptic_fpn_ext.data.panoptic_png import read_panoptic_png
 from panoptic_fpn_ext.evaluation import report_maps
+from panoptic_fpn_ext.evaluation.pictures import index_png, picture
 
 from ..browser import check_looks_and_requests, drawn, pressed, wait_for
 from ..conftest import REPOSITORY
@@ -40,7 +43,7 @@ def runs(shapes_predictions, tmp_path) -> tuple[Path, Path]:
     theirs = [dict(output) for output in outputs]
     for k, change in enumerate((perfect, perfect, nothing)):
         theirs[k]["panoptic_seg"] = change(records[k])
-    paths = tmp_path / "a", tmp_path / "b"
+    paths = tmp_path / "a<i>", tmp_path / "b"
     for path, run, seed in zip(paths, (outputs, theirs), (1, 2), strict=True):
         written(path / "inference", records, run, SEED=seed)
     return paths
@@ -61,7 +64,7 @@ def content(page: Path, name: str):
 def test_the_most_changed_images_of_both_runs_beside_the_truth(runs, page, shapes_predictions):
     text = page.read_text("utf-8")
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", text)
-    assert ">SEED<" in text
+    assert ">SEED<" in text and "a<i>" not in text
     pictures, groups = content(page, "pictures"), content(page, "groups")
     names = [Path(record["file_name"]).name for record in shapes_predictions[0]]
     assert {g["title"] for g in groups} >= {
@@ -103,6 +106,21 @@ def test_without_maps_or_files_there_are_numbers(runs, tmp_path, capsys, monkeyp
     assert "report_maps.zip is not there" in capsys.readouterr().err
     text = (tmp_path / "page.html").read_text("utf-8")
     assert "No pictures" in text and "<canvas" not in text and "PQ things" in text
+
+
+def test_other_ground_truth_is_told(runs):
+    with report_maps.kept_maps(runs[0] / "inference" / report_maps.NAME) as maps:
+        a, metadata = maps["000000000001.jpg"], maps.metadata()
+    names = {segment.category: "name" for segment in a.segments}
+    fewer = replace(a, segments=a.segments[1:])
+    other = replace(a, png=index_png(np.zeros((30, 64), int), []))
+    for b, message in (
+        (fewer, "of other true segments in B"),
+        (other, "of another size than in B"),
+    ):
+        with pytest.raises(tool.UserError, match=message):
+            picture({"A": a, "B": b}, names, metadata, "")
+    assert list(picture({"A": a, "B": a}, names, metadata, "")["maps"]) == ["A", "B", "truth"]
 
 
 def test_mistakes_are_named(runs, tmp_path, capsys):
