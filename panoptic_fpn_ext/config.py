@@ -117,7 +117,8 @@ def add_panoptic_fpn_config(cfg: CfgNode) -> None:
     # Write OUTPUT_DIR/inference/<dataset>_submission.zip, which the panoptic test servers of COCO
     # and Cityscapes take, whenever a dataset is evaluated.
     cfg.TEST.SUBMISSION = False
-    # Write OUTPUT_DIR/inference/report.html whenever a dataset is evaluated (docs/ANALYSIS.md).
+    # Write OUTPUT_DIR/inference/report.html, and what tools/compare.py reads, whenever a dataset is
+    # evaluated (docs/ANALYSIS.md).
     cfg.TEST.REPORT = True
     # 95 % intervals of PQ, mIoU and AP among the scores, as <metric>_low and <metric>_high.
     cfg.TEST.INTERVALS = False

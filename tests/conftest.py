@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -231,6 +232,23 @@ def training_batch() -> list[dict]:
         image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
         batch.append({"image": image, "instances": instances, "sem_seg": sem_seg})
     return batch
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    """Chromium without a window."""
+    chromium, driver_file = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver_file):
+        pytest.skip("no browser: apt-get install chromium chromium-driver")
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "window-size=1240,1000"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(driver_file))
+    yield driver
+    driver.quit()
 
 
 def moved(output: Any, device: torch.device) -> Any:

@@ -1,10 +1,11 @@
 #!/usr/bin/env python
 r"""What changed between two evaluations of one dataset, and how sure that is.
 
-    python tools/compare.py output/a output/b --json difference.json
+    python tools/compare.py output/a output/b --html difference.html --json difference.json
 
-Reads OUTPUT_DIR/inference/report.json of both. Differences are B minus A; intervals are of 95 %, by
-a paired bootstrap over the images that both have.
+Reads OUTPUT_DIR/inference/report.json of both and, for the pictures of the page, report_maps.zip
+beside them. Differences are B minus A; intervals are of 95 %, by a paired bootstrap over the images
+that both have.
 
 Exit status: 0, or 2 where something cannot be compared.
 """
@@ -13,6 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,14 @@ from tabulate import tabulate
 from panoptic_fpn_ext import UserError
 from panoptic_fpn_ext.evaluation.analysis import resampled_pq
 from panoptic_fpn_ext.evaluation.bootstrap import ends, resamples
+from panoptic_fpn_ext.evaluation.difference_page import write_difference_page
+from panoptic_fpn_ext.evaluation.report_maps import NAME as MAPS
+from panoptic_fpn_ext.evaluation.report_maps import kept_maps
 
 DIFFERENCES = ("", ".1f", ".1f", "+.1f", "+.1f", "+.1f", "")
-CHANGED_IMAGES = 5  # of those better, and of those worse
+CHANGED_IMAGES = 12  # of those better, and of those worse
+PRINTED_IMAGES = 5
+OF_CLASS = 3  # images of each class whose change is sure
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,10 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("a", type=Path, metavar="RUN_A", help="output folder, or report.json")
     parser.add_argument("b", type=Path, metavar="RUN_B")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it there, too")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with pictures")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there, too")
     args = parser.parse_args(arguments)
     try:
-        result = compare(read(args.a), read(args.b))
+        reports = [read(path) for path in (args.a, args.b)]
+        result = compare(*reports)
+        if args.html:
+            number = write_html(args.html, result, (args.a, args.b), reports)
         if args.json:
             try:
                 args.json.write_text(json.dumps(result, indent=2), "utf-8")
@@ -47,7 +58,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"compare.py: error: {error}", file=sys.stderr)
         return 2
     print(text(result))
+    if args.html:
+        print(f"\n{args.html} shows {number} images of both runs")
     return 0
+
+
+def write_html(
+    page: Path, result: dict[str, Any], paths: Sequence[Path], reports: Sequence[dict[str, Any]]
+) -> int:
+    """Write the page; how many images it shows.
+
+    Raises:
+        UserError: it cannot be written, or the maps of a run are damaged.
+    """
+    with ExitStack() as stack:
+        runs = []
+        for path, report in zip(paths, reports, strict=True):
+            maps = report_of(path).with_name(MAPS)
+            kept = stack.enter_context(kept_maps(maps))
+            if kept is None:
+                print(f"compare.py: no pictures: {maps} is not there", file=sys.stderr)
+            runs.append((str(path), report, kept))
+        return write_difference_page(page, result, runs)
+
+
+def report_of(path: Path) -> Path:
+    """Where the report.json of a run is."""
+    return path / "inference" / "report.json" if path.is_dir() else path
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -56,8 +93,7 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         UserError: there are none.
     """
-    if path.is_dir():
-        path = path / "inference" / "report.json"
+    path = report_of(path)
     try:
         content = json.loads(path.read_text("utf-8"))
         if {"dataset", "analysis", "categories", "image_counts", "config"} <= content.keys():
@@ -77,8 +113,10 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     Returns:
         ``images`` that both have; ``scores``: of ``PQ``, ``PQ_th``, ``PQ_st`` and of each class,
         ``a``, ``b``, ``difference``, ``low``, ``high`` and ``sure`` (the interval does not hold 0);
-        ``config``: keys with the values of A and B, None for the default; ``better`` and ``worse``
-        images with their PQ.
+        ``config``: keys with the values of A and B, None for the default; ``changes``: of each
+        image ``image``, ``a``, ``b`` and ``difference`` of its own PQ, the worst first; ``better``
+        and ``worse``, the first of them; ``images_of_classes``: those that changed most of each
+        class whose change is sure.
 
     Raises:
         UserError: they have other classes, or no image in common.
@@ -133,8 +171,25 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
             },
             "better": [c for c in changed[::-1] if c["difference"] > 0][:CHANGED_IMAGES],
             "worse": [c for c in changed if c["difference"] < 0][:CHANGED_IMAGES],
+            "changes": changed,
+            "images_of_classes": {
+                name: [common[k] for k in _most_changed(counts, k, scores[name]["difference"] > 0)]
+                for k, name in enumerate(names[0])
+                if scores[name]["sure"]
+            },
         }
     )
+
+
+def _most_changed(counts: Sequence[np.ndarray], category: int, better: bool) -> list[int]:
+    """The images in which the PQ of a category grew most, or fell most."""
+    with np.errstate(invalid="ignore"):
+        a, b = (
+            iou / (matched + errors) for iou, matched, errors in (c[..., category] for c in counts)
+        )
+    growth = np.nan_to_num(b - a) * (1 if better else -1)
+    order = np.argsort(-growth, kind="stable")[:OF_CLASS]
+    return [int(k) for k in order if growth[k] > 0]
 
 
 def _counts(images: Sequence[Sequence[Any]], categories: int) -> np.ndarray:
@@ -174,7 +229,8 @@ def text(result: dict[str, Any]) -> str:
         rows = [(key, *values) for key, values in result["config"].items()]
         parts.append(tabulate(rows, ("config", "A", "B"), tablefmt="github", missingval="default"))
     for which in ("better", "worse"):
-        rows = [(c["image"], c["a"], c["b"], c["difference"]) for c in result[which]]
+        shown = result[which][:PRINTED_IMAGES]
+        rows = [(c["image"], c["a"], c["b"], c["difference"]) for c in shown]
         if rows:
             headers = (f"most {which}", "A", "B", "B - A")
             parts.append(tabulate(rows, headers, tablefmt="github", floatfmt=DIFFERENCES))

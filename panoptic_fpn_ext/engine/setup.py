@@ -14,6 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from ..config import OUTPUTS, add_panoptic_fpn_config, resolve_config
+from ..config_differences import flat, note_origin
 from ..data import register_datasets_of_config
 from ..data.category_lines import first_difference
 from ..data.records import check_files
@@ -137,7 +138,9 @@ def _read(config_file: str, opts: list[str]) -> CfgNode:
         raise UserError(f"options come as pairs KEY VALUE, got: {' '.join(opts)}")
     # By default Detectron2 runs what a config says in Python tags.
     _merge(cfg, config_file, lambda: cfg.merge_from_file(config_file, allow_unsafe=False))
+    in_file = cfg.clone()
     _merge(cfg, "the command line", lambda: cfg.merge_from_list(opts))
+    note_origin(cfg, config_file, in_file, opts[::2])
     architecture, weights = cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.WEIGHTS
     if architecture not in META_ARCH_REGISTRY:
         raise UserError(
@@ -227,7 +230,7 @@ def _merge(cfg: CfgNode, source: str, merge) -> None:
         message = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
         hint = ""
         if "Non-existent" in message:  # yacs: "Non-existent config key: MODEL.WEIGHT"
-            hint = _did_you_mean(message.rpartition(": ")[2], _keys(cfg))
+            hint = _did_you_mean(message.rpartition(": ")[2], list(flat(cfg)))
         elif mismatch := re.search(
             r"with values \((.*) vs\. (.*)\) for config key: (.*)$", message
         ):
@@ -258,14 +261,6 @@ def _check_datasets(names: Iterable[str], key: str) -> None:
                     f"{key}: dataset {name!r} lacks {path}: see datasets/README.md, and set "
                     "DETECTRON2_DATASETS if your data is elsewhere"
                 )
-
-
-def _keys(cfg: CfgNode, prefix: str = "") -> list[str]:
-    """All keys of a config, in full: MODEL.WEIGHTS and the like."""
-    keys = []
-    for name, value in cfg.items():
-        keys += _keys(value, f"{prefix}{name}.") if isinstance(value, CfgNode) else [prefix + name]
-    return keys
 
 
 def _did_you_mean(name: str, known: list[str]) -> str:

@@ -12,6 +12,7 @@ from .common import mean
 from .panoptic_errors import (
     KINDS,
     SIZES,
+    Change,
     Changes,
     add_changes,
     find_errors,
@@ -124,6 +125,23 @@ def mean_pq(totals: Mapping[Category, CategoryMatches]) -> dict[str, float]:
     }
 
 
+def after(
+    totals: Mapping[Category, CategoryMatches], changes: Mapping[Category, Change]
+) -> dict[Category, CategoryMatches]:
+    """The matches of each category once some changes are made."""
+    return {
+        c: mended(total, [changes[c]]) if c in changes else total for c, total in totals.items()
+    }
+
+
+def price(
+    totals: Mapping[Category, CategoryMatches], then: Mapping[Category, CategoryMatches]
+) -> dict[str, float]:
+    """How much greater ``PQ``, ``PQ_th`` and ``PQ_st`` are of other matches, in percent."""
+    base = mean_pq(totals)
+    return {key: pq - base[key] for key, pq in mean_pq(then).items()}
+
+
 def analysis(images: Iterable[PanopticImage], names: Mapping[Category, str]) -> dict[str, Any]:
     """What is lost where.
 
@@ -161,17 +179,8 @@ def analysis(images: Iterable[PanopticImage], names: Mapping[Category, str]) -> 
                 sizes[size][segment.category].ious.append(segment.iou)
             true_by_size[size] += segment.true and segment.state != IGNORED
 
-    after = {
-        kind: {
-            category: mended(total, [change])
-            if (change := changes.get(kind, {}).get(category))
-            else total
-            for category, total in totals.items()
-        }
-        for kind in KINDS
-    }
-    after["perfect_outlines"] = {c: perfect_outlines(total) for c, total in totals.items()}
-    base = mean_pq(totals)
+    of_kinds = {kind: after(totals, changes.get(kind, {})) for kind in KINDS}
+    of_kinds["perfect_outlines"] = {c: perfect_outlines(total) for c, total in totals.items()}
 
     def number(**wanted: Any) -> int:
         fields = ("state", "true", "category", "size")
@@ -179,14 +188,14 @@ def analysis(images: Iterable[PanopticImage], names: Mapping[Category, str]) -> 
         return sum(n for key, n in counts.items() if all(key[i] == v for i, v in chosen))
 
     prices = {}
-    for kind, mended_totals in after.items():
-        prices[kind] = {key: pq - base[key] for key, pq in mean_pq(mended_totals).items()}
-        prices[kind] |= {
+    for kind, mended_totals in of_kinds.items():
+        prices[kind] = {
+            **price(totals, mended_totals),
             "false_positives": number(state=kind, true=False),
             "false_negatives": number(state=kind, true=True),
         }
     return {
-        **base,
+        **mean_pq(totals),
         "images": len(images),
         "prices": prices,
         "sizes": {
@@ -207,7 +216,7 @@ def analysis(images: Iterable[PanopticImage], names: Mapping[Category, str]) -> 
                 "false_negatives": total.false_negatives,
                 "prices": {
                     kind: _growth(total, mended_totals[category])
-                    for kind, mended_totals in after.items()
+                    for kind, mended_totals in of_kinds.items()
                 },
                 "errors": {kind: number(state=kind, category=category) for kind in KINDS},
             }

@@ -57,7 +57,7 @@ class ImageEvaluator(DatasetEvaluator, Generic[ImageResult]):
 
         Args:
             record: its dataset dict.
-            prediction: the model's output ``output_key`` for it.
+            prediction: what :meth:`read` returns, by default the model's output ``output_key``.
             source: what to call the prediction in errors.
         """
         raise NotImplementedError
@@ -97,7 +97,15 @@ class ImageEvaluator(DatasetEvaluator, Generic[ImageResult]):
             source = f"the prediction for {record['file_name']}"
             if self.output_key not in output:
                 raise UserError(f"{source} has no {self.output_key}, only {sorted(output)}")
-            self._images[key] = self.evaluate_image(record, output[self.output_key], source)
+            self._images[key] = self.evaluate_image(record, self.read(output), source)
+
+    def read(self, output: Mapping[str, Any]) -> Any:
+        """What :meth:`evaluate_image` gets of the model's output for an image."""
+        return output[self.output_key]
+
+    def found(self, record: Mapping[str, Any]) -> ImageResult | None:
+        """What is kept of an image that this process has evaluated; None if it has not."""
+        return self._images.get((record.get("image_id"), record["file_name"]))
 
     def evaluate(self) -> Scores | None:
         """What :meth:`summarize` makes of all images; None in all processes but the first.

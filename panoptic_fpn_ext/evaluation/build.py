@@ -28,6 +28,7 @@ from .cityscapes_instances import CityscapesInstanceEvaluator
 from .cityscapes_sem_seg import CityscapesSemSegEvaluator
 from .independent import IndependentEvaluators
 from .instance_ap import InstanceAPEvaluator
+from .merging_losses import MergingThresholds
 from .panoptic_quality import PanopticQualityEvaluator
 from .registry import (
     DETECTRON2_EVALUATOR_REGISTRY,
@@ -189,7 +190,13 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Inde
         ours = [e for e in evaluators if isinstance(e, ImageEvaluator)]
         # After those whose results it shows.
         evaluators.append(
-            ReportWriter(folder=output_folder, dataset_name=dataset_name, evaluators=ours, cfg=cfg)
+            ReportWriter(
+                folder=output_folder,
+                dataset_name=dataset_name,
+                evaluators=ours,
+                cfg=cfg,
+                merging=MergingThresholds.of_config(cfg),
+            )
         )
     if cfg.TEST.SUBMISSION:
         # The first, because Detectron2's evaluators change the predictions.

@@ -146,6 +146,10 @@ class PanopticQualityEvaluator(ImageEvaluator[PanopticImage]):
         """What is lost where, after :meth:`evaluate`; see :func:`~.analysis.analysis`."""
         return analysis(self.images.values(), self.names)
 
+    def totals(self) -> dict[Category, CategoryMatches]:
+        """The matches of all images, of each category, after :meth:`evaluate`."""
+        return self._totals(image.matches for image in self.images.values())
+
     def _totals(
         self, images: Iterable[Mapping[Category, CategoryMatches]]
     ) -> dict[Category, CategoryMatches]:

@@ -2,8 +2,7 @@
 
 import json
 import re
-import shutil
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +16,12 @@ from panoptic_fpn_ext.evaluation import (
     SemSegIoUEvaluator,
     build_evaluator,
 )
+from panoptic_fpn_ext.evaluation.merging_losses import MergingThresholds
+from panoptic_fpn_ext.modeling.merging import merge_panoptic
 
+from ..browser import check_looks_and_requests, drawn, pressed, wait_for
 from .conftest import in_parts
 from .test_build import config
-
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 
 def written(
@@ -32,6 +32,18 @@ def written(
     evaluator.process(records, outputs)
     evaluator.evaluate()
     assert not evaluator.failures
+
+
+MERGING = {
+    **{"thing_sem_seg_ids": [0], "overlap_threshold": 0.5, "stuff_area_thresh": 300},
+    "instances_score_thresh": 0.6,
+}
+
+
+def merged(output: dict) -> dict:
+    """The outputs of an image, the panoptic map made of the two others."""
+    merging = merge_panoptic(output["instances"], output["sem_seg"].argmax(0), **MERGING)
+    return {**output, "panoptic_seg": merging}
 
 
 @pytest.fixture
@@ -48,13 +60,31 @@ def test_the_page_is_one_file_with_all_in_it(report):
     pictures = json.loads(re.search(r'id="pictures">(.*?)</script>', page, re.DOTALL)[1])
     groups = json.loads(re.search(r'id="groups">(.*?)</script>', page, re.DOTALL)[1])
     assert len(pictures) == 6
-    assert [pictures[k]["pq"] for k in groups[0]["images"]] == sorted(p["pq"] for p in pictures)
+    worst = [float(pictures[k]["caption"].split()[-1]) for k in groups[0]["images"]]
+    assert worst == sorted(worst) and len(worst) == 6
     content = json.loads((report.parent / "report.json").read_text())
     assert content["analysis"]["images"] == len(content["image_counts"]) == 6
     assert {row["name"] for row in content["analysis"]["classes"]} >= {"disc", "sky"}
     assert [h["label"] for h in content["headlines"]] == [
         *("PQ", "PQ things", "PQ stuff", "mIoU", "mask AP", "box AP")
     ]
+
+
+def test_what_merging_drops(shapes_predictions, tmp_path):
+    records, outputs = shapes_predictions
+    combine = "MODEL__PANOPTIC_FPN__COMBINE__"
+    keys = {f"{combine}INSTANCES_CONFIDENCE_THRESH": 0.6, f"{combine}STUFF_AREA_LIMIT": 300}
+    written(tmp_path / "all", records, [merged(output) for output in outputs], **keys)
+    merging = json.loads((tmp_path / "all/report.json").read_text())["merging"]
+    assert list(merging) == ["score", "overlap", "area"]
+    score = merging["score"]
+    assert score["missed"] and score["PQ_th"] > score["PQ"] > 0 == score["PQ_st"]
+    assert "INSTANCES_CONFIDENCE_THRESH" in (tmp_path / "all/report.html").read_text("utf-8")
+
+    written(tmp_path / "foreign", records, outputs, **keys)  # of which merging is not known
+    assert json.loads((tmp_path / "foreign/report.json").read_text())["merging"] is None
+    page = (tmp_path / "foreign/report.html").read_text("utf-8")
+    assert "Merging" not in page
 
 
 def test_names_cannot_break_the_page(
@@ -82,14 +112,21 @@ def test_several_processes_give_the_same(shapes_predictions, tmp_path, evaluate_
             parts = (PanopticQualityEvaluator, SemSegIoUEvaluator, InstanceAPEvaluator)
             self.parts = [part.from_dataset("shapes_val") for part in parts]
             self.parts.append(
-                ReportWriter(folder=folder, dataset_name="shapes_val", evaluators=self.parts[:3])
+                ReportWriter(
+                    folder=folder,
+                    dataset_name="shapes_val",
+                    evaluators=self.parts[:3],
+                    merging=MergingThresholds(score=0.6, stuff_area=300),
+                )
             )
 
+    records, outputs = shapes_predictions
+    outputs = [merged(output) for output in outputs]
     facts = []
     for number in (1, 3):
         folder = tmp_path / str(number)
         evaluators = [All(folder) for _ in range(number)]
-        parts = in_parts(np.random.default_rng(0), number, *shapes_predictions)
+        parts = in_parts(np.random.default_rng(0), number, records, outputs)
         for place in range(4):
             column = iter([everything.parts[place] for everything in evaluators])
             evaluate_in_processes(lambda column=column: next(column), parts)
@@ -98,43 +135,16 @@ def test_several_processes_give_the_same(shapes_predictions, tmp_path, evaluate_
         page = (folder / "report.html").read_text("utf-8")
         facts.append((content, page[page.index('id="pictures"') :]))
     assert facts[0] == facts[1]
-
-
-@pytest.fixture
-def browser() -> Iterator:
-    if not (CHROMIUM and DRIVER):
-        pytest.skip("no browser: apt-get install chromium chromium-driver")
-    webdriver = pytest.importorskip("selenium.webdriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "window-size=1240,1000"):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
-
-
-def wait(browser, script: str) -> None:
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    WebDriverWait(browser, 10).until(lambda driver: driver.execute_script(f"return {script}"))
+    assert facts[0][0]["merging"]["score"]["missed"]
 
 
 def test_in_a_browser(report, browser):
     from selenium.webdriver import ActionChains, Keys
     from selenium.webdriver.common.by import By
 
-    def pixels(place: int) -> str:
-        return browser.execute_script(
-            f"return document.querySelectorAll('canvas')[{place}].toDataURL()"
-        )
-
-    def press(*keys: str) -> None:
-        ActionChains(browser).send_keys(*keys).perform()
-
+    pixels, press, wait = (partial(f, browser) for f in (drawn, pressed, wait_for))
     browser.get(report.as_uri())
-    wait(browser, "document.body.dataset.shown")
+    wait("document.body.dataset.shown")
 
     # Tables sort, by numbers as numbers, from the keyboard, too.
     button = browser.find_element(By.XPATH, "//thead//button[text()='PQ']")
@@ -163,9 +173,9 @@ def test_in_a_browser(report, browser):
     assert pixels(1) == overlaid
     first = browser.find_element(By.ID, "caption").text
     press(Keys.ARROW_RIGHT)
-    wait(browser, f"document.getElementById('caption').textContent !== {json.dumps(first)}")
+    wait(f"document.getElementById('caption').textContent !== {json.dumps(first)}")
     press(Keys.ARROW_LEFT)
-    wait(browser, f"document.getElementById('caption').textContent === {json.dumps(first)}")
+    wait(f"document.getElementById('caption').textContent === {json.dumps(first)}")
 
     # Segments are named.
     canvas = browser.find_elements(By.CSS_SELECTOR, "canvas")[2]
@@ -185,19 +195,4 @@ def test_in_a_browser(report, browser):
         *("Worst 12 by PQ of the image", "Best 6 by PQ of the image", "Random 6")
     ]
 
-    # Both themes, and a phone.
-    colors = set()
-    for _ in range(2):
-        browser.find_element(By.ID, "theme").click()
-        colors.add(browser.execute_script("return getComputedStyle(document.body).color"))
-    assert len(colors) == 2
-    size = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
-
-    assert browser.get_log("browser") == []
-    sent = [json.loads(e["message"])["message"] for e in browser.get_log("performance")]
-    urls = {
-        m["params"]["request"]["url"] for m in sent if m["method"] == "Network.requestWillBeSent"
-    }
-    assert {url for url in urls if not url.startswith("data:")} == {report.as_uri()}
+    check_looks_and_requests(browser, report)

@@ -93,6 +93,14 @@ def test_differences_are_those_of_a_loop(runs, tmp_path, capsys):
         assert score["sure"] == (low[k] > 0 or high[k] < 0)
     assert found["scores"]["sky"] == found["scores"]["PQ_st"] and found["scores"]["sky"]["sure"]
     assert not found["scores"]["PQ_th"]["sure"]
+
+    growth = {
+        f"{k}.jpg": b[CATEGORIES[1]].pq - a[CATEGORIES[1]].pq
+        for k, (a, b) in enumerate(zip(*runs, strict=True))
+    }
+    assert found["images_of_classes"]["sky"] == sorted(growth, key=growth.get, reverse=True)[:3]
+    changes = [change["difference"] for change in found["changes"]]
+    assert len(changes) == 12 and changes == sorted(changes)
     printed = capsys.readouterr().out
     assert "12 images" in printed and "| SEED" in printed and "SOLVER.MAX_ITER" not in printed
 

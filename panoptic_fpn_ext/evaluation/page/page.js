@@ -3,11 +3,9 @@
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
   const element = (id) => document.getElementById(id);
   const pictures = read("pictures"), groups = read("groups");
-  const KINDS = {
-    class: [213, 94, 0], thing_stuff: [204, 121, 167], split: [240, 228, 66], merged: [230, 159, 0],
-    outline: [86, 180, 233], missed: [0, 114, 178], made_up: [122, 79, 191],
-  };
-  const FOUND = [140, 149, 159];
+  // What the legend shows: kind to colour.
+  const kinds = Object.fromEntries([...document.querySelectorAll(".legend .dot")].map(
+    (dot) => [dot.dataset.kind, getComputedStyle(dot).backgroundColor.match(/\d+/g).slice(0, 3).map(Number)]));
 
   // Theme
   element("theme").addEventListener("click", () => {
@@ -40,8 +38,9 @@
   }
 
   // Images
+  if (!groups.length) return;
   const canvases = [...document.querySelectorAll("canvas")];
-  const state = { group: 0, place: 0, overlay: true, swapped: false, maps: {} };
+  const state = { group: 0, place: 0, overlay: true, truth: false, flipped: false, maps: {} };
   const opacity = element("opacity"), colour = element("colour"), thumbs = element("thumbs");
   const number = () => groups[state.group].images[state.place];
 
@@ -60,9 +59,14 @@
     return Uint8Array.from({ length: size[0] * size[1] }, (_, k) => pixels[4 * k]);
   }
 
-  const shown = (map) => (state.swapped && map === "prediction" ? "truth" : map);
-  const segments = (map) =>
-    pictures[number()][map === "truth" ? "true_segments" : "predicted_segments"];
+  // What a pane shows: the truth in place of a prediction, or of two predictions the other.
+  const predictions = [...new Set(canvases.map((c) => c.dataset.map))].filter((m) => m && m !== "truth");
+  const shown = (map) => {
+    const place = predictions.indexOf(map);
+    if (place < 0) return map;
+    return state.truth ? "truth" : predictions[(place + state.flipped) % predictions.length];
+  };
+  const segments = (map) => pictures[number()].maps[map].segments;
 
   function draw(highlight) {
     const picture = pictures[number()], [width, height] = picture.size;
@@ -71,13 +75,13 @@
       const context = canvas.getContext("2d", { willReadFrequently: true });
       context.drawImage(state.image, 0, 0);
       const map = shown(canvas.dataset.map);
-      if (map === "none" || !state.overlay) continue;
+      if (!map || !state.overlay) continue;
       const layer = context.getImageData(0, 0, width, height), data = layer.data;
       const index = state.maps[map], list = segments(map), alpha = opacity.value / 100;
       for (let k = 0; k < index.length; k++) {
         const segment = list[index[k] - 1];
         if (!segment) continue;
-        const paint = colour.value === "kind" ? KINDS[segment[1]] || FOUND : segment[4];
+        const paint = colour.value === "kind" ? kinds[segment[1]] || kinds.match : segment[2];
         const edge = ((k + 1) % width && index[k] !== index[k + 1]) ||
           (k + width < index.length && index[k] !== index[k + width]);
         let share = edge ? Math.min(1, alpha * 1.6) : alpha;
@@ -90,16 +94,15 @@
 
   async function show() {
     const wanted = number(), picture = pictures[wanted];
-    const [image, prediction, truth] = await Promise.all([
-      loaded(picture.image), indices(picture.prediction, picture.size), indices(picture.truth, picture.size),
+    const [image, ...maps] = await Promise.all([
+      loaded(picture.image), ...Object.values(picture.maps).map((map) => indices(map.png, picture.size)),
     ]);
     if (wanted !== number()) return;
     state.image = image;
-    state.maps = { prediction, truth };
+    state.maps = Object.fromEntries(Object.keys(picture.maps).map((map, k) => [map, maps[k]]));
     [...thumbs.children].forEach((img, k) => img.setAttribute("aria-selected", k === state.place));
     thumbs.children[state.place].scrollIntoView({ block: "nearest", inline: "nearest" });
-    const pq = picture.pq === null ? "–" : picture.pq.toFixed(1);
-    element("caption").textContent = `${picture.name} · PQ ${pq} · ${state.place + 1} of ${groups[state.group].images.length}`;
+    element("caption").textContent = `${picture.caption} · ${state.place + 1} of ${groups[state.group].images.length}`;
     draw();
     document.body.dataset.shown = wanted;
   }
@@ -118,20 +121,13 @@
   }
 
   function point(event, canvas) {
-    const map = shown(canvas.dataset.map === "none" ? "prediction" : canvas.dataset.map);
+    const map = shown(canvas.dataset.map || predictions[0]);
     const box = canvas.getBoundingClientRect();
     const x = Math.floor((event.clientX - box.left) / box.width * canvas.width);
     const y = Math.floor((event.clientY - box.top) / box.height * canvas.height);
     const index = state.maps[map][y * canvas.width + x], segment = segments(map)[index - 1];
-    const label = map === "truth" ? "truth" : "prediction";
-    if (!segment) {
-      element("info").textContent = `${label}: void`;
-      return draw();
-    }
-    const [name, kind, iou, score] = segment;
-    const state_ = kind === "match" ? "found" : kind.replace("_", " ");
-    element("info").textContent = `${label}: ${name} · ${state_} · IoU ${iou.toFixed(2)}` +
-      (score === null ? "" : ` · score ${score.toFixed(2)}`);
+    element("info").textContent = `${map}: ${segment ? segment[0] : "void"}`;
+    if (!segment) return draw();
     draw({ map, index });
   }
 
@@ -150,10 +146,25 @@
     if (event.key === "ArrowRight") { state.place = Math.min(last, state.place + 1); show(); }
     else if (event.key === "ArrowLeft") { state.place = Math.max(0, state.place - 1); show(); }
     else if (event.key === "o") { state.overlay = !state.overlay; draw(); }
-    else if (event.key === "t") { state.swapped = !state.swapped; draw(); }
-    else if (event.key === "e") { colour.value = colour.value === "kind" ? "class" : "kind"; draw(); }
+    else if (event.key === "t") { state.truth = !state.truth; draw(); }
+    else if (event.key === "f" && predictions.length > 1) { state.flipped = !state.flipped; draw(); }
+    else if (event.key === "e") { colour.value = colour.value === "kind" ? "segment" : "kind"; draw(); }
     else return;
     event.preventDefault();
   });
-  if (groups.length) fill();
+  // Buttons that name an image show it.
+  for (const button of document.querySelectorAll("[data-picture]")) {
+    button.addEventListener("click", () => {
+      const wanted = Number(button.dataset.picture);
+      const group = groups.findIndex((g) => g.images.includes(wanted));
+      if (group !== state.group) {
+        select.value = state.group = group;
+        fill();
+      }
+      state.place = groups[group].images.indexOf(wanted);
+      show();
+      element("viewer").scrollIntoView({ block: "nearest" });
+    });
+  }
+  fill();
 })();
