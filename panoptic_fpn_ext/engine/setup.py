@@ -6,6 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable
+from importlib.util import find_spec
 
 import torch
 import yaml
@@ -20,6 +21,7 @@ from ..data.records import check_files
 from ..errors import UserError
 from ..evaluation import check_score_name, evaluator_builders
 from .run_folder import check_writable, checkpoints_in
+from .tracking import check_writer
 from .trainer import optimizer_named
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if not args.eval_only:
         _check_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
         optimizer_named(cfg.SOLVER.OPTIMIZER)
+        _check_curves(cfg)
     weights = cfg.MODEL.WEIGHTS
     if args.eval_only and not weights and not args.resume:
         raise UserError("--eval-only needs weights: MODEL.WEIGHTS FILE, or --resume")
@@ -192,6 +195,15 @@ def _check_what_is_kept(cfg: CfgNode) -> None:
             raise UserError(f"{key} {value}: must be 0 or more")
     if cfg.TEST.BEST_METRIC:
         check_score_name(cfg, cfg.TEST.BEST_METRIC)
+
+
+def _check_curves(cfg: CfgNode) -> None:
+    """Raise UserError for a package of curves that is not there, and for less than no pictures."""
+    if find_spec("tensorboard") is None:  # which Detectron2's trainer needs
+        raise UserError("tensorboard is not installed: pip install tensorboard")
+    check_writer(cfg.TRACKING.WRITER)
+    if cfg.TEST.PICTURES < 0:
+        raise UserError(f"TEST.PICTURES {cfg.TEST.PICTURES}: must be 0 or more")
 
 
 def _check_batch(cfg: CfgNode, args: argparse.Namespace) -> None:

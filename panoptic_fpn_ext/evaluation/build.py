@@ -29,6 +29,7 @@ from .cityscapes_sem_seg import CityscapesSemSegEvaluator
 from .independent import IndependentEvaluators
 from .instance_ap import InstanceAPEvaluator
 from .panoptic_quality import PanopticQualityEvaluator
+from .pictures import PredictionPictures
 from .registry import (
     DETECTRON2_EVALUATOR_REGISTRY,
     EVALUATOR_REGISTRY,
@@ -167,7 +168,8 @@ def _is_there(module: str, attribute: str | None) -> bool:
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> IndependentEvaluators:
-    """The evaluators of a dataset, and with ``TEST.SUBMISSION`` what writes the submission.
+    """The evaluators of a dataset, and with ``TEST.SUBMISSION`` what writes the submission; with
+    ``TEST.PICTURES`` what draws in trainings.
 
     One that fails is left out: its error is logged and in ``failures``.
 
@@ -192,6 +194,8 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Inde
             ReportWriter(folder=output_folder, dataset_name=dataset_name, evaluators=ours, cfg=cfg)
         )
     if cfg.TEST.SUBMISSION:
-        # The first, because Detectron2's evaluators change the predictions.
+        # Before the others, because Detectron2's evaluators change the predictions.
         evaluators.insert(0, PanopticSubmissionWriter.from_dataset(dataset_name, output_folder))
+    if cfg.TEST.PICTURES:
+        evaluators.insert(0, PredictionPictures.from_config(cfg, dataset_name))
     return IndependentEvaluators(evaluators)
