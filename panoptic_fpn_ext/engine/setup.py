@@ -2,11 +2,11 @@
 
 import argparse
 import difflib
+import importlib.util
 import logging
 import os
 import re
 from collections.abc import Iterable
-from importlib.util import find_spec
 
 import torch
 import yaml
@@ -199,7 +199,7 @@ def _check_what_is_kept(cfg: CfgNode) -> None:
 
 def _check_curves(cfg: CfgNode) -> None:
     """Raise UserError for a package of curves that is not there, and for less than no pictures."""
-    if find_spec("tensorboard") is None:  # which Detectron2's trainer needs
+    if importlib.util.find_spec("tensorboard") is None:  # which Detectron2's trainer needs
         raise UserError("tensorboard is not installed: pip install tensorboard")
     check_writer(cfg.TRACKING.WRITER)
     if cfg.TEST.PICTURES < 0:

@@ -4,6 +4,7 @@ The service's package is imported when a training asks for it. Which server, acc
 it writes to is up to its own environment variables.
 """
 
+import importlib.util
 import json
 import logging
 import posixpath
@@ -13,8 +14,6 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -67,7 +66,7 @@ class TrackingWriter(EventWriter):
         """
         check_writer(self.package)
         try:
-            self._module = import_module(self.package)
+            self._module = importlib.import_module(self.package)
         except Exception as error:  # whatever its dependencies raise
             raise UserError(
                 f"TRACKING.WRITER {self.package}: cannot be imported: {_one_line(error)}"
@@ -290,7 +289,7 @@ def build_tracking_writer(cfg: CfgNode) -> TrackingWriter | None:
 
 
 def _is_installed(package: str) -> bool:
-    spec = find_spec(package)
+    spec = importlib.util.find_spec(package)
     return spec is not None and spec.origin is not None  # a folder of that name has none
 
 
