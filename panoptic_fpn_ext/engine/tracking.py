@@ -7,8 +7,10 @@ it writes to is up to its own environment variables.
 import importlib.util
 import json
 import logging
+import os
 import posixpath
 import re
+import textwrap
 import time
 from abc import abstractmethod
 from collections import defaultdict
@@ -218,6 +220,8 @@ class MLflowWriter(TrackingWriter):
     AT_ONCE = 100  # parameters; of metrics it takes more
 
     def _begin(self, run_id: str | None) -> str:
+        # By its own default 7, for minutes; meanwhile the training waits.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         self._client = self._module.MlflowClient()
         if run_id is not None:
             self._client.update_run(run_id, status="RUNNING")
@@ -315,4 +319,4 @@ def _name(name: str, *, ascii_only: bool = False) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
