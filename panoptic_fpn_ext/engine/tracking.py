@@ -315,7 +315,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 def _name(name: str, *, ascii_only: bool = False) -> str:
     """A name that MLflow takes, a tidy path: names of classes may have other characters."""
-    return posixpath.normpath(re.sub(r"[^\w\-. /]", "_", name, flags=re.ASCII * ascii_only))
+    return posixpath.normpath(re.sub(r"[^\w\-. /]", "_", name, flags=re.ASCII if ascii_only else 0))
 
 
 def _one_line(error: Exception) -> str:
