@@ -243,6 +243,20 @@ def test_a_failure_stops_no_training_and_is_said_once(service, writer, name, mon
     assert service.runs["run0"].state == STATES[name]["FINISHED"]
 
 
+@pytest.mark.parametrize("is_back", [True, False])
+def test_the_end_is_told_after_a_failure_too(service, writer, name, is_back):
+    with pytest.raises(UserError, match="the disk"), writer.run(resume=False):
+        with EventStorage() as storage:
+            service.fails = "no route"
+            storage.put_scalar("loss", 1.0)
+            writer.write()
+        if is_back:
+            service.fails = ""
+        raise UserError("the disk is full")
+    expected = STATES[name]["FAILED"] if is_back else "RUNNING"
+    assert service.runs["run0"].state == expected
+
+
 def test_a_service_that_is_away_when_a_training_begins(service, cfg, caplog):
     service.fails = "no route"
     with pytest.raises(UserError, match="no run can be begun: ConnectionError: no route"):
