@@ -120,6 +120,9 @@ def add_panoptic_fpn_config(cfg: CfgNode) -> None:
     # Write OUTPUT_DIR/inference/report.html, and what tools/compare.py reads, whenever a dataset is
     # evaluated (docs/ANALYSIS.md).
     cfg.TEST.REPORT = True
+    # At each evaluation of a training so many images of a dataset, the first ones, as they are,
+    # predicted and true, go to TensorBoard and TRACKING.WRITER.
+    cfg.TEST.PICTURES = 4
     # 95 % intervals of PQ, mIoU and AP among the scores, as <metric>_low and <metric>_high.
     cfg.TEST.INTERVALS = False
     # Boundary PQ among the scores, as boundary_PQ, boundary_PQ_th and boundary_PQ_st.
@@ -133,6 +136,15 @@ def add_panoptic_fpn_config(cfg: CfgNode) -> None:
     cfg.TEST.PATIENCE = 0
     # Beside the scores of a dataset, the losses on it: "validation/total_loss" and its terms.
     cfg.TEST.LOSS = False
+
+    # Where curves go beside TensorBoard: "wandb" or "mlflow", whose package has to be installed
+    # (docs/ANALYSIS.md).
+    cfg.TRACKING = CfgNode()
+    cfg.TRACKING.WRITER = ""
+    # The project of Weights & Biases, the experiment of MLflow; the name of the run, by default
+    # that of OUTPUT_DIR's folder.
+    cfg.TRACKING.PROJECT = "panoptic_fpn_ext"
+    cfg.TRACKING.NAME = ""
 
     # Only ways of computing that give the same bits each time, on CPUs; on GPUs where PyTorch has
     # them. With SEED a run can be repeated then.
@@ -316,6 +328,7 @@ _OUR_EVALUATORS = (
     "TEST.EVALUATORS panoptic_fpn_ext",
 )
 _CROPS = (lambda cfg: cfg.INPUT.CROP.ENABLED, "INPUT.CROP.ENABLED True")
+_TRACKED = (lambda cfg: bool(cfg.TRACKING.WRITER), "TRACKING.WRITER")
 _SGD = (lambda cfg: cfg.SOLVER.OPTIMIZER == "SGD", "SOLVER.OPTIMIZER SGD")
 
 # Keys, the extension's own and some of Detectron2's, that have an effect under a condition alone;
@@ -354,6 +367,8 @@ _CONDITIONS: dict[str, tuple[Callable[[CfgNode], bool], str]] = {
     "TEST.PATIENCE": (lambda cfg: bool(cfg.TEST.BEST_METRIC), "TEST.BEST_METRIC"),
     "TEST.INTERVALS": _OUR_EVALUATORS,
     "TEST.BOUNDARY_PQ": _OUR_EVALUATORS,
+    "TRACKING.PROJECT": _TRACKED,
+    "TRACKING.NAME": _TRACKED,
     "INPUT.CROP.AFTER_RESIZE": _CROPS,
     "INPUT.CROP.HOLD_INSTANCE": _CROPS,
     "SOLVER.MOMENTUM": _SGD,

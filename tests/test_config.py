@@ -434,6 +434,8 @@ def test_every_key_of_the_extension_is_in_the_table():
     elsewhere |= {"DETERMINISTIC"}  # tests/engine/test_run_folder.py
     # tests/engine/test_checkpoint_hooks.py and test_validation_loss.py
     elsewhere |= {"SOLVER.CHECKPOINT_KEEP", "TEST.BEST_METRIC", "TEST.PATIENCE", "TEST.LOSS"}
+    # tests/engine/test_pictures.py and test_tracking.py
+    elsewhere |= {"TEST.PICTURES", *(f"TRACKING.{key}" for key in ("WRITER", "PROJECT", "NAME"))}
     assert {key for key in flat(config()) if key not in theirs} <= KEYS.keys() | elsewhere
     assert {"float32", "bfloat16"} <= PRECISIONS.keys()
 
@@ -492,6 +494,8 @@ MASK_RCNN = ("MODEL.META_ARCHITECTURE", "GeneralizedRCNN")
             ["TEST.BEST_METRIC", "panoptic_seg/PQ"],
             "TEST.BEST_METRIC panoptic_seg/PQ has no effect without TEST.EVAL_PERIOD: leave it out",
         ),
+        (["TRACKING.PROJECT", "x"], "TRACKING.PROJECT x has no effect without TRACKING.WRITER"),
+        (["TRACKING.NAME", "x"], "TRACKING.NAME x has no effect without TRACKING.WRITER"),
         (["TEST.PATIENCE", 3], "TEST.PATIENCE 3 has no effect without TEST.BEST_METRIC"),
         (["SOLVER.OPTIMIZER", "ADAMW", "SOLVER.NESTEROV", True], "NESTEROV True has no effect"),
         (

@@ -20,26 +20,21 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn
 
-import cv2
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.catalog import Metadata
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from panoptic_fpn_ext import UserError
 from panoptic_fpn_ext.data import PanopticFPNMapper
-from panoptic_fpn_ext.data.image_files import read_image
-from panoptic_fpn_ext.data.label_space import thing_sem_seg_ids, with_isthing
-from panoptic_fpn_ext.data.panoptic_png import read_panoptic_png
 from panoptic_fpn_ext.engine import setup_prediction, trained_model
-from panoptic_fpn_ext.evaluation.common import check_size
-from panoptic_fpn_ext.visualization import agreeing_colors, draw_panoptic, font
+from panoptic_fpn_ext.evaluation.pictures import GAP, pictures
+from panoptic_fpn_ext.visualization import font
 
 FORMATS = (".png", ".jpg", ".jpeg")
 HEADINGS = ("image", "prediction", "ground truth")
-GAP, WIDE_GAP = 6, 24  # white pixels between pictures, and between images in a row
+WIDE_GAP = 24  # white pixels between images in a row
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -158,9 +153,8 @@ def draw(args: argparse.Namespace, file: Path) -> int:
     for record in tqdm(records, unit="image", dynamic_ncols=True, disable=len(records) < 20):
         with torch.no_grad():
             (output,) = model([mapper(record)])
-        examples.append(
-            pictures(record, output["panoptic_seg"], MetadataCatalog.get(name), args.height)
-        )
+        maps = [output["panoptic_seg"]]
+        examples.append(pictures(record, maps, MetadataCatalog.get(name), args.height))
     try:
         sheet(examples, args.columns).save(file, quality=90)
     except (OSError, ValueError) as error:  # the disk is full, or a format has its limits
@@ -183,30 +177,6 @@ def chosen_records(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
                 f"{', '.join([*by_id][:3])}{', ...' if len(by_id) > 3 else ''}"
             )
     return [by_id[image_id] for image_id in wanted]
-
-
-def pictures(
-    record: dict[str, Any],
-    prediction: tuple[torch.Tensor, list[dict[str, Any]]],
-    metadata: Metadata,
-    height: int,
-) -> list[np.ndarray]:
-    """An image, the prediction and the ground truth, if any: (``height``, W, 3) uint8, RGB."""
-    image = read_image(record, "RGB")
-    scale = height / image.shape[0]
-    size = max(1, round(image.shape[1] * scale)), height
-    shown = [
-        cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
-    ]
-    if "pan_seg_file_name" not in record:
-        return [*shown, draw_panoptic(image, *prediction, metadata, scale=scale)]
-    ids = read_panoptic_png(record["pan_seg_file_name"])
-    check_size(record["file_name"], image.shape[:2], record["pan_seg_file_name"], ids.shape)
-    segments = with_isthing(record["segments_info"], thing_sem_seg_ids(metadata))
-    maps = prediction, (ids, segments)
-    for panoptic, colors in zip(maps, agreeing_colors(*maps, metadata), strict=True):
-        shown.append(draw_panoptic(image, *panoptic, metadata, colors=colors, scale=scale))
-    return shown
 
 
 def sheet(examples: Sequence[Sequence[np.ndarray]], columns: int) -> Image.Image:

@@ -17,10 +17,11 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
 from ..errors import UserError
+from .tracking import RUN_FILE
 
 LOGGERS = ("fvcore", "detectron2", "panoptic_fpn_ext")
 CHECKPOINTS = ("last_checkpoint", "model_*.pth")
-METRICS = ("metrics.json", "events.out.tfevents.*", "failed_batch.pth")
+METRICS = ("metrics.json", "events.out.tfevents.*", "failed_batch.pth", RUN_FILE)
 
 logger = logging.getLogger(__name__)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import importlib.util
 import logging
 import os
 import re
@@ -21,6 +22,7 @@ from ..data.records import check_files
 from ..errors import UserError
 from ..evaluation import check_score_name, evaluator_builders
 from .run_folder import check_writable, checkpoints_in
+from .tracking import check_writer
 from .trainer import optimizer_named
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if not args.eval_only:
         _check_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
         optimizer_named(cfg.SOLVER.OPTIMIZER)
+        _check_curves(cfg)
     weights = cfg.MODEL.WEIGHTS
     if args.eval_only and not weights and not args.resume:
         raise UserError("--eval-only needs weights: MODEL.WEIGHTS FILE, or --resume")
@@ -195,6 +198,15 @@ def _check_what_is_kept(cfg: CfgNode) -> None:
             raise UserError(f"{key} {value}: must be 0 or more")
     if cfg.TEST.BEST_METRIC:
         check_score_name(cfg, cfg.TEST.BEST_METRIC)
+
+
+def _check_curves(cfg: CfgNode) -> None:
+    """Raise UserError for a package of curves that is not there, and for less than no pictures."""
+    if importlib.util.find_spec("tensorboard") is None:  # which Detectron2's trainer needs
+        raise UserError("tensorboard is not installed: pip install tensorboard")
+    check_writer(cfg.TRACKING.WRITER)
+    if cfg.TEST.PICTURES < 0:
+        raise UserError(f"TEST.PICTURES {cfg.TEST.PICTURES}: must be 0 or more")
 
 
 def _check_batch(cfg: CfgNode, args: argparse.Namespace) -> None:

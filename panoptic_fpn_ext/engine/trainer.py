@@ -7,6 +7,7 @@ import os
 import re
 import weakref
 from collections.abc import Iterable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -22,6 +23,7 @@ from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import build_model
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from torch import nn
 
 from ..data import PanopticFPNMapper
@@ -34,6 +36,7 @@ from .checkpoint import PanopticFPNCheckpointer
 from .checkpoint_hooks import KeepBest, KeepNewest, StoppedEarly
 from .failed_batch import save_failed_batch
 from .interruption import Interrupted, StopOnSignal
+from .tracking import TrackingWriter, build_tracking_writer
 from .validation_loss import validation_losses
 
 
@@ -68,6 +71,7 @@ class Trainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode) -> None:
         self._evaluation_error: EvaluationUserError | None = None
+        self._tracking: TrackingWriter | None = None
         self._seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         # Detectron2's constructor wants a GPU in several processes, and leaves no method to
         # override where it makes the model data parallel.
@@ -104,6 +108,15 @@ class Trainer(DefaultTrainer):
             )
             built.insert(place + 1, evaluation)
         return [*built[:place], StopOnSignal(), *built[place:]]
+
+    def build_writers(self) -> list[EventWriter]:
+        """Detectron2's writers, before them that of ``TRACKING.WRITER``, if any.
+
+        Raises:
+            UserError: its package is not installed.
+        """
+        self._tracking = build_tracking_writer(self.cfg)
+        return [*([self._tracking] if self._tracking else []), *super().build_writers()]
 
     def resume_or_load(self, resume: bool = True) -> None:
         """As Detectron2's; a resumed training gets the images that it would have got."""
@@ -162,10 +175,15 @@ class Trainer(DefaultTrainer):
 
         Raises:
             UserError: the losses grew beyond all bounds; an image cannot be loaded, or the process
-                that was to load it died; the disk is full; or, when all is done, an evaluator
-                failed in the last evaluation.
+                that was to load it died; the disk is full; ``TRACKING.WRITER`` cannot begin; or,
+                when all is done, an evaluator failed in the last evaluation.
             Interrupted: see :class:`StopOnSignal`.
         """
+        tracking = self._tracking
+        with tracking.run(resume=self.start_iter > 0) if tracking else nullcontext():
+            return self._train()
+
+    def _train(self) -> dict[str, Any] | None:
         try:
             with deaths_are_named():
                 results = super().train()

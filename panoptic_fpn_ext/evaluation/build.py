@@ -30,6 +30,7 @@ from .independent import IndependentEvaluators
 from .instance_ap import InstanceAPEvaluator
 from .merging_losses import MergingThresholds
 from .panoptic_quality import PanopticQualityEvaluator
+from .pictures import PredictionPictures
 from .registry import (
     DETECTRON2_EVALUATOR_REGISTRY,
     EVALUATOR_REGISTRY,
@@ -168,7 +169,8 @@ def _is_there(module: str, attribute: str | None) -> bool:
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> IndependentEvaluators:
-    """The evaluators of a dataset, and with ``TEST.SUBMISSION`` what writes the submission.
+    """The evaluators of a dataset, and with ``TEST.SUBMISSION`` what writes the submission; with
+    ``TEST.PICTURES`` what draws in trainings.
 
     One that fails is left out: its error is logged and in ``failures``.
 
@@ -199,6 +201,8 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Inde
             )
         )
     if cfg.TEST.SUBMISSION:
-        # The first, because Detectron2's evaluators change the predictions.
+        # Before the others, because Detectron2's evaluators change the predictions.
         evaluators.insert(0, PanopticSubmissionWriter.from_dataset(dataset_name, output_folder))
+    if cfg.TEST.PICTURES:
+        evaluators.insert(0, PredictionPictures.from_config(cfg, dataset_name))
     return IndependentEvaluators(evaluators)

@@ -8,9 +8,9 @@ from typing import Any
 
 from ..errors import UserError
 from .analysis import MATCH
+from .page_pictures import GAINED, LOST, picture
 from .pages import KIND_TEXTS, REASON_TEXTS, write_page
 from .panoptic_errors import KINDS
-from .pictures import GAINED, LOST, picture
 from .report_maps import KeptMaps
 
 logger = logging.getLogger(__name__)

@@ -1,198 +1,196 @@
-"""What pages show of an image: it, its ground truth, and the predictions of one or two runs."""
+"""Pictures of what is predicted, beside the ground truth; in training, among its curves."""
 
-import base64
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from detectron2.data import Metadata
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import Metadata, MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.structures import Instances
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage, get_event_storage
 
 from ..data.image_files import read_image
-from ..errors import UserError
-from .analysis import MATCH, PanopticImage, Segment
-from .panoptic_maps import read_ground_truth, segment_places
-from .panoptic_matching import Category
+from ..data.label_space import thing_sem_seg_ids, with_isthing
+from ..data.panoptic_png import read_panoptic_png
+from ..layers.argmax import argmax_classes
+from ..visualization import Segments, agreeing_colors, draw_panoptic
+from .common import check_size
+from .sem_seg_iou import read_labels
 
-LONG_SIDE = 480  # of pictures, in pixels
-STATES = {
-    MATCH: "found",
-    "thing_stuff": "thing or stuff",
-    "made_up": "made up",
-    "outline": "poor outline",
-    "class": "wrong class",
-}
-"""What a :attr:`Segment.state` is called, where that is not its name."""
-GAINED, LOST, IN_NEITHER = "gained", "lost", "missed"
+HEIGHT = 240  # of pictures in curves, in pixels
+GAP = 6  # white pixels between them
+
+PanopticMap = tuple[torch.Tensor | np.ndarray, Segments]
+"""(H, W) integers, segment ids, and the segments."""
 
 
-@dataclass
-class ShownImage:
-    """What a run has of an image.
+class PredictionPictures(DatasetEvaluator):
+    """Puts the first images of a dataset, as they are, predicted and true, among training's events.
 
-    Attributes:
-        file_name, pan_seg_file_name: where the image and its ground truth are.
-        pq: of the image alone, in percent; nan where it has no segments.
-        png: of a small map of the prediction, see :func:`index_png`.
-        segments: all true and predicted ones, in the order of the maps' numbers.
-        scores: of the predicted ones, by id; of stuff None.
+    It scores nothing, and does nothing outside a training. The first process alone draws: of the
+    images that it evaluates, which with the same number of processes are the same each time.
     """
 
-    file_name: str
-    pan_seg_file_name: str
-    pq: float
-    png: bytes
-    segments: list[Segment]
-    scores: dict[int, float | None]
+    def __init__(self, *, dataset_name: str, number: int, score_threshold: float = 0.5) -> None:
+        """
+        Args:
+            dataset_name: what is evaluated; its metadata has names and colours.
+            number: of images.
+            score_threshold: of the instances drawn where there is no panoptic output.
+        """
+        self._name = dataset_name
+        self._number = number
+        self._threshold = score_threshold
+        self._drawn = 0
 
     @classmethod
-    def of(
-        cls,
-        record: Mapping[str, Any],
-        png: bytes,
-        scores: dict[int, float | None],
-        found: PanopticImage,
-    ) -> "ShownImage":
-        """That of a dataset dict, and of what was found in the image."""
-        files = record["file_name"], record["pan_seg_file_name"]
-        return cls(*files, found.pq(), png, found.segments, scores)
+    def from_config(cls, cfg: CfgNode, dataset_name: str) -> "PredictionPictures":
+        return cls(
+            dataset_name=dataset_name,
+            number=cfg.TEST.PICTURES,
+            score_threshold=cfg.MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH,
+        )
+
+    def reset(self) -> None:
+        self._drawn = 0
+
+    def process(
+        self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Draw, if these are among the first images.
+
+        The picture of image k is ``predictions/<dataset>/<k>_<file name>``.
+
+        Args:
+            inputs: dataset dicts.
+            outputs: the model's outputs. Drawn is ``panoptic_seg``; without it ``sem_seg`` and the
+                masks of ``instances``, those that are there.
+
+        Raises:
+            UserError: an image or its ground truth cannot be read, or they differ in size.
+        """
+        storage = _storage()
+        if storage is None or not comm.is_main_process():
+            return
+        metadata = MetadataCatalog.get(self._name)
+        for record, output in zip(inputs, outputs, strict=True):
+            if self._drawn == self._number:
+                return
+            self._drawn += 1
+            maps = predicted_maps(output, self._threshold)
+            picture = _side_by_side(pictures(record, maps, metadata, HEIGHT))
+            name = f"predictions/{self._name}/{self._drawn}_{Path(record['file_name']).stem}"
+            storage.put_image(name, picture.transpose(2, 0, 1))
+
+    def evaluate(self) -> None:
+        return None
 
 
-def picture(
-    images: Mapping[str, ShownImage],
-    names: Mapping[Category, str],
-    metadata: Metadata,
-    caption: str,
-) -> dict[str, Any]:
-    """What the pages' script draws of an image.
+def predicted_maps(output: Mapping[str, Any], score_threshold: float) -> list[PanopticMap]:
+    """What can be drawn of an image's outputs: the panoptic map, else one for each task.
 
     Args:
-        images: of one run, or of two of which the second is compared with the first, by what their
-            predictions are called.
-        names: of the categories.
-        metadata: ``thing_colors`` and ``stuff_colors``, if any.
-        caption: what is written above.
+        output: see :meth:`PredictionPictures.process`.
+        score_threshold: of instances; where they overlap, that of the higher score is seen.
+    """
+    if "panoptic_seg" in output:
+        return [output["panoptic_seg"]]
+    maps = []
+    if "sem_seg" in output:
+        labels = argmax_classes(output["sem_seg"]).cpu().numpy()
+        maps.append((labels, _stuff(np.unique(labels).tolist())))
+    if "instances" in output and output["instances"].has("pred_masks"):
+        maps.append(_map_of_instances(output["instances"], score_threshold))
+    return maps
+
+
+def pictures(
+    record: Mapping[str, Any], predictions: Sequence[PanopticMap], metadata: Metadata, height: int
+) -> list[np.ndarray]:
+    """An image, the predictions and the ground truth, if any, segments that match in one colour.
+
+    Args:
+        record: its dataset dict, with ``pan_seg_file_name`` and ``segments_info``, or
+            ``sem_seg_file_name``, where there is ground truth.
+        predictions: for the image, in its size.
+        metadata: see :func:`draw_panoptic`.
+        height: of each picture.
 
     Returns:
-        ``name``, ``caption``, ``size``, ``image`` (a data URL) and ``maps``: by name, those of the
-        predictions and "truth", each ``png`` (a data URL of which segment, from 1, each pixel
-        belongs to) and ``segments``, of each what is told, the kind of its colour, and its own
-        colour.
+        (``height``, W, 3) uint8 each, RGB.
 
     Raises:
-        UserError: the image or its ground truth cannot be read, or is another than that which a
-            run was evaluated on.
+        UserError: the image or its ground truth cannot be read, or they differ in size.
     """
-    from ..visualization import agreeing_colors  # it draws what evaluators keep: they come first
-
-    runs = list(images.values())
-    shown = runs[0]
-    image = cv2.cvtColor(read_image({"file_name": shown.file_name}, "RGB"), cv2.COLOR_RGB2BGR)
-    size = small_size(image.shape[:2])
-    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    _, jpeg = cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 82])
-    true = [segment for segment in shown.segments if segment.true]
-    png = index_png(read_ground_truth(shown.pan_seg_file_name), [s.id for s in true])
-    truth = _numbers(png), _infos(true)
-
-    maps = {}
-    for label, run in images.items():
-        theirs = [s for s in run.segments if s.true]
-        if [(s.id, s.category) for s in theirs] != [(s.id, s.category) for s in true]:
-            raise UserError(f"{shown.pan_seg_file_name}: of other true segments in {label}")
-        sizes = {size, *(_numbers(p).shape[::-1] for p in (png, run.png))}
-        if len(sizes) > 1:
-            raise UserError(f"{shown.file_name}: of another size than in {label}")
-        segments = [segment for segment in run.segments if not segment.true]
-        colors, true_colors = agreeing_colors(
-            (_numbers(run.png), _infos(segments)), truth, metadata
-        )
-        maps[label] = {
-            "png": _url("png", run.png),
-            "segments": [
-                [_told(s, names, run.scores.get(s.id)), s.state, list(colors[k])]
-                for k, s in enumerate(segments, 1)
-            ],
-        }
-    told = _compared(*images, runs, names) if len(runs) == 2 else None
-    told = told or [(_told(s, names), s.state) for s in true]
-    maps["truth"] = {
-        "png": _url("png", png),
-        "segments": [[*t, list(true_colors[k])] for k, t in enumerate(told, 1)],
-    }
-    return {
-        "name": os.path.basename(shown.file_name),
-        "caption": caption,
-        "size": size,
-        "image": _url("jpeg", jpeg.tobytes()),
-        "maps": maps,
-    }
-
-
-def _told(segment: Segment, names: Mapping[Category, str], score: float | None = None) -> str:
-    state = STATES.get(segment.state, segment.state)
-    text = f"{names[segment.category]} · {state} · IoU {segment.iou:.2f}"
-    return text if score is None else f"{text} · score {score:.2f}"
-
-
-def _compared(
-    a: str, b: str, runs: Sequence[ShownImage], names: Mapping[Category, str]
-) -> list[tuple[str, str]]:
-    """What is told of the true segments, and the kind of change."""
-    ours, theirs = ([s for s in run.segments if s.true] for run in runs)
-    result = []
-    for before, after in zip(ours, theirs, strict=True):
-        found = before.state == MATCH, after.state == MATCH
-        kind, text = {
-            (True, True): (MATCH, "found by both"),
-            (False, True): (GAINED, f"found by {b} alone"),
-            (True, False): (LOST, f"found by {a} alone"),
-            (False, False): (IN_NEITHER, "found by neither"),
-        }[found]
-        if before.state == "ignored":
-            kind, text = before.state, before.state
-        ious = f"IoU {a} {before.iou:.2f}, {b} {after.iou:.2f}"
-        result.append((f"{names[before.category]} · {text} · {ious}", kind))
-    return result
-
-
-def _infos(segments: Sequence[Segment]) -> list[dict[str, Any]]:
-    """``segments_info`` with the numbers of a map for ids."""
-    return [
-        {"id": k, "isthing": s.category[0], "category_id": s.category[1]}
-        for k, s in enumerate(segments, 1)
+    image = read_image(dict(record), "RGB")
+    scale = height / image.shape[0]
+    size = max(1, round(image.shape[1] * scale)), height
+    shown = [
+        cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
     ]
+    truth = _true_map(record, metadata, image.shape[:2])
+    colors = None
+    for prediction in predictions:
+        if truth is not None:
+            colors, _ = agreeing_colors(prediction, truth, metadata)
+        shown.append(draw_panoptic(image, *prediction, metadata, colors=colors, scale=scale))
+    if truth is not None:
+        shown.append(draw_panoptic(image, *truth, metadata, scale=scale))
+    return shown
 
 
-def _numbers(png: bytes) -> np.ndarray:
-    return cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED).astype(int)
+def _true_map(
+    record: Mapping[str, Any], metadata: Metadata, size: Sequence[int]
+) -> PanopticMap | None:
+    if "pan_seg_file_name" in record:
+        source = record["pan_seg_file_name"]
+        ids = read_panoptic_png(source)
+        segments = with_isthing(record["segments_info"], thing_sem_seg_ids(metadata))
+    elif "sem_seg_file_name" in record:
+        source = record["sem_seg_file_name"]
+        ids = read_labels(source)
+        ignored = metadata.get("ignore_label", 255)
+        segments = _stuff(label for label in np.unique(ids).tolist() if label != ignored)
+    else:
+        return None
+    check_size(record["file_name"], size, source, ids.shape)
+    return ids, segments
 
 
-def small_size(shape: tuple[int, int]) -> tuple[int, int]:
-    """Width and height of the picture of an image (H, W)."""
-    scale = min(1.0, LONG_SIDE / max(shape))
-    return max(1, round(shape[1] * scale)), max(1, round(shape[0] * scale))
+def _stuff(labels: Any) -> list[dict[str, Any]]:
+    """Semantic classes as segments."""
+    return [{"id": label, "category_id": label, "isthing": False} for label in labels]
 
 
-def index_png(ids: np.ndarray, segment_ids: Sequence[int]) -> bytes:
-    """A small map of which segment, from 1, pixels belong to: an 8-bit PNG.
-
-    Segments beyond the 255th are void in it.
-
-    Args:
-        ids: integer array (H, W) of segment ids.
-        segment_ids: those of the segments, in order.
-    """
-    (height, width), (small_width, small_height) = ids.shape, small_size(ids.shape)
-    rows = (2 * np.arange(small_height) + 1) * height // (2 * small_height)
-    columns = (2 * np.arange(small_width) + 1) * width // (2 * small_width)
-    places = segment_places(ids[rows][:, columns], segment_ids)
-    fast = [cv2.IMWRITE_PNG_COMPRESSION, 1]
-    _, png = cv2.imencode(".png", np.where(places < 256, places, 0).astype(np.uint8), fast)
-    return png.tobytes()
+def _map_of_instances(instances: Instances, score_threshold: float) -> PanopticMap:
+    instances = instances[instances.scores >= score_threshold]
+    order = instances.scores.argsort(descending=True, stable=True).tolist()
+    masks = instances.pred_masks.bool().cpu().numpy()
+    ids = np.zeros(masks.shape[1:], np.int32)
+    for k in reversed(order):
+        ids[masks[k]] = k + 1
+    segments = [
+        {"id": k + 1, "category_id": category, "isthing": True, "score": score}
+        for k, (category, score) in enumerate(
+            zip(instances.pred_classes.tolist(), instances.scores.tolist(), strict=True)
+        )
+    ]
+    return ids, segments
 
 
-def _url(kind: str, content: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+def _side_by_side(shown: Sequence[np.ndarray]) -> np.ndarray:
+    gap = np.full((shown[0].shape[0], GAP, 3), 255, np.uint8)
+    return np.hstack([part for picture in shown for part in (picture, gap)][:-1])
+
+
+def _storage() -> EventStorage | None:
+    """Where a training's events go; None outside one."""
+    try:
+        return get_event_storage()
+    except AssertionError:
+        return None

@@ -30,11 +30,11 @@ from .analysis import IGNORED, MATCH
 from .base import ImageEvaluator
 from .instance_ap import InstanceAPEvaluator
 from .merging_losses import Dropped, MergingThresholds, dropped_segments, merging_prices
+from .page_pictures import ShownImage, index_png, picture
 from .pages import KIND_TEXTS, plain, write_page
 from .panoptic_errors import KINDS
 from .panoptic_maps import read_ground_truth
 from .panoptic_quality import PanopticQualityEvaluator
-from .pictures import ShownImage, index_png, picture
 from .report_maps import NAME, write_maps
 from .sem_seg_iou import SemSegIoUEvaluator
 

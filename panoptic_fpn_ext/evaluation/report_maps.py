@@ -12,7 +12,7 @@ import msgspec
 from detectron2.data import Metadata
 
 from ..errors import UserError
-from .pictures import ShownImage
+from .page_pictures import ShownImage
 
 NAME = "report_maps.zip"
 MOST_BYTES = 100_000_000

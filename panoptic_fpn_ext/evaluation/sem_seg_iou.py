@@ -199,7 +199,7 @@ class SemSegIoUEvaluator(ImageEvaluator[ConfusionCells]):
                 source=file_name,
             )
         if "sem_seg_file_name" in record:
-            return record["sem_seg_file_name"], _read_labels(record["sem_seg_file_name"])
+            return record["sem_seg_file_name"], read_labels(record["sem_seg_file_name"])
         raise UserError(
             f"{record['file_name']}: no semantic ground truth; its dataset dict needs "
             "pan_seg_file_name or sem_seg_file_name"
@@ -224,8 +224,12 @@ class SemSegIoUEvaluator(ImageEvaluator[ConfusionCells]):
         return argmax_classes(logits).byte().cpu().numpy()  # bytes for a small transfer
 
 
-def _read_labels(file_name: str) -> np.ndarray:
-    """The labels in an 8-bit grey image: uint8 array (H, W)."""
+def read_labels(file_name: str) -> np.ndarray:
+    """The labels in an 8-bit grey image: uint8 array (H, W).
+
+    Raises:
+        UserError: it cannot be read, or is another kind of image.
+    """
     try:
         with PathManager.open(file_name, "rb") as file:
             image = Image.open(file)

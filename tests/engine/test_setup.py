@@ -1,8 +1,10 @@
 """What is wrong on the command line is said in one line, before anything is written."""
 
 import argparse
+import importlib.util
 import json
 import os
+from importlib.machinery import ModuleSpec
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -108,6 +110,11 @@ def test_classes_come_from_the_dataset(shapes):
             arguments(CONFIG, *BEST, "sem_seg/mIoU", "DATASETS.TEST", "()"),
             "no evaluation of this run finds it; of which DATASETS.TEST is empty",
         ),
+        (arguments(CONFIG, "TEST.PICTURES", "-1"), "TEST.PICTURES -1: must be 0 or more"),
+        (
+            arguments(CONFIG, "TRACKING.WRITER", "weights"),
+            "TRACKING.WRITER 'weights': allowed are ['', 'wandb', 'mlflow']",
+        ),
         (arguments(eval_only=True), "--eval-only needs weights"),
         (
             arguments(CONFIG, "MODEL.WEIGHTS", "nowhere.pth", eval_only=True),
@@ -120,6 +127,17 @@ def test_mistakes_are_one_line(shapes, args, message):
         setup(args)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "wandb", "mlflow"])
+def test_a_package_of_curves_that_is_not_installed(shapes, monkeypatch, package):
+    def find_spec(name: str) -> ModuleSpec | None:
+        return None if name == package else ModuleSpec(name, None)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    options = () if package == "tensorboard" else ("TRACKING.WRITER", package)
+    with pytest.raises(UserError, match=f"{package} is not installed: pip install {package}$"):
+        setup(arguments(CONFIG, *options))
 
 
 @pytest.mark.parametrize(

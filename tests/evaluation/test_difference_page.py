@@ -13,7 +13,7 @@ import torch
 
 from panoptic_fpn_ext.data.panoptic_png import read_panoptic_png
 from panoptic_fpn_ext.evaluation import report_maps
-from panoptic_fpn_ext.evaluation.pictures import index_png, picture
+from panoptic_fpn_ext.evaluation.page_pictures import index_png, picture
 
 from ..browser import check_looks_and_requests, drawn, pressed, wait_for
 from ..conftest import REPOSITORY
@@ -95,7 +95,7 @@ def test_without_maps_or_files_there_are_numbers(runs, tmp_path, capsys, monkeyp
     arguments = [*map(str, runs), "--html", str(tmp_path / "page.html")]
     with monkeypatch.context() as patch:
         patch.setattr(
-            "panoptic_fpn_ext.evaluation.pictures.read_ground_truth",
+            "panoptic_fpn_ext.evaluation.page_pictures.read_ground_truth",
             lambda path: (_ for _ in ()).throw(tool.UserError(f"{path}: gone")),
         )
         assert tool.main(arguments) == 0

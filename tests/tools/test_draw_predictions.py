@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from panoptic_fpn_ext.data.panoptic_png import read_panoptic_png
+
 from ..conftest import CONFIG, REPOSITORY, SMALL
 from ..data.tiny_dataset import TinyDataset
 from ..test_small_datasets import config
@@ -121,11 +123,11 @@ class TestPicture:
         """A perfect prediction looks as the truth does, whatever ids it has."""
         with tiny.registered() as name:
             (record, _), metadata = DatasetCatalog.get(name), MetadataCatalog.get(name)
-            ids = tool.read_panoptic_png(record["pan_seg_file_name"])
+            ids = read_panoptic_png(record["pan_seg_file_name"])
             segments = [s for s in record["segments_info"] if not s["iscrowd"]]
             record["segments_info"] = segments
             other = [{**s, "id": s["id"] + 1} for s in segments]
-            _, prediction, truth = tool.pictures(record, (ids + 1, other), metadata, 240)
+            _, prediction, truth = tool.pictures(record, [(ids + 1, other)], metadata, 240)
         assert np.array_equal(prediction, truth)
 
 
