@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.data import transforms as T
 
 from panoptic_fpn_ext import UserError
+from panoptic_fpn_ext.command_line import Parser
 from panoptic_fpn_ext.data.mapper import read_image
 from panoptic_fpn_ext.engine import setup_trained, trained_model
 from panoptic_fpn_ext.export import OnnxModel, export_onnx
@@ -48,13 +48,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"export_model.py: error: {error}", file=sys.stderr)
         return 2
-
-
-class Parser(argparse.ArgumentParser):
-    """One that says in one line what is wrong."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
