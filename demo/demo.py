@@ -87,7 +87,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--confidence-threshold",
         type=_share,
         metavar="SCORE",
-        help="draw things with this score or more, 0 to 1 (default: the config's thresholds)",
+        help="draw things whose score is above it, 0 to 1 (default: the config's thresholds)",
     )
     parser.add_argument(
         "--opts",
@@ -233,7 +233,7 @@ def config(config_file: str, opts: Sequence[str], threshold: float | None) -> Cf
     """
     options = list(opts)
     if threshold is not None:
-        options += [option for key in THRESHOLDS for option in (key, str(threshold))]
+        options += [option for key in THRESHOLDS for option in (key, str(float(threshold)))]
     cfg = setup_trained(config_file, options)
     cfg.defrost()
     architecture, outputs = cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.PANOPTIC_FPN.OUTPUTS
