@@ -76,7 +76,7 @@ def test_one_that_ends_early(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no video", "half"])
-def test_what_is_no_video_is_named(frames, tmp_path, content, capfd) -> None:
+def test_what_is_no_video_is_named(frames, tmp_path, content) -> None:
     file = tmp_path / "a.mp4"
     if content == "half":
         content = write_video(file, frames, 10).read_bytes()
@@ -85,7 +85,6 @@ def test_what_is_no_video_is_named(frames, tmp_path, content, capfd) -> None:
         file.write_bytes(content)
     with pytest.raises(UserError, match=r"a\.mp4: "):
         VideoReader(file)
-    assert capfd.readouterr() == ("", ""), "OpenCV and FFmpeg are silent"
 
 
 def test_a_camera_that_is_not_there() -> None:
