@@ -6,6 +6,7 @@ Pictures are (H, W, 3) uint8, RGB.
 import colorsys
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ import matplotlib
 import numpy as np
 import torch
 from detectron2.data.catalog import Metadata
+from detectron2.structures import Instances
 from detectron2.utils.colormap import colormap
 from PIL import Image, ImageDraw, ImageFont
 
+from .errors import UserError
 from .evaluation.panoptic_maps import joint_counts
 
 Color = tuple[int, int, int]
@@ -74,6 +77,51 @@ def draw_panoptic(
     return _with_labels(picture, numbers, segments_info, metadata, colors) if labels else picture
 
 
+def drawn_segments(output: Mapping[str, Any]) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """What is drawn of a model's outputs: the panoptic map; without one, semantic classes as stuff,
+    and upon them instances, those of higher scores on top.
+
+    Args:
+        output: of one image (H, W), with ``panoptic_seg``, ``sem_seg`` or ``instances``.
+
+    Returns:
+        (H, W) integers, segment ids, and the segments.
+
+    Raises:
+        UserError: it has none of these.
+    """
+    if "panoptic_seg" in output:
+        ids, segments = output["panoptic_seg"]
+        return ids.cpu().numpy(), segments
+    if not {"sem_seg", "instances"} & output.keys():
+        raise UserError("the network gives no panoptic_seg, sem_seg or instances to draw")
+    segments: list[dict[str, Any]] = []
+    if "sem_seg" in output:
+        ids = output["sem_seg"].argmax(0).cpu().numpy().astype(np.int32) + 1
+        for number in np.unique(ids).tolist():
+            segments.append({"id": number, "isthing": False, "category_id": number - 1})
+    else:
+        ids = np.zeros(output["instances"].image_size, np.int32)
+    if "instances" in output:
+        instances = output["instances"].to("cpu")
+        first = int(ids.max()) + 1
+        for k in instances.scores.argsort().tolist():
+            ids[_mask(instances, k)] = first + k
+            category, score = int(instances.pred_classes[k]), float(instances.scores[k])
+            segments.append(
+                {"id": first + k, "isthing": True, "category_id": category, "score": score}
+            )
+    return ids, segments
+
+
+def _mask(instances: Instances, k: int) -> Any:
+    """Where one is: its mask, or, of a network without masks, its box."""
+    if instances.has("pred_masks"):
+        return instances.pred_masks[k].numpy()
+    x0, y0, x1, y1 = instances.pred_boxes.tensor[k].round().int().tolist()
+    return np.s_[y0:y1, x0:x1]
+
+
 def segment_colors(
     segments_info: Segments,
     metadata: Metadata,
@@ -123,6 +171,84 @@ def agreeing_colors(
     given = {ours: true_colors[theirs] for ours, theirs in _matches(prediction, truth).items()}
     colors = segment_colors(prediction[1], metadata, given=given, taken=true_colors.values())
     return colors, true_colors
+
+
+class SteadyColors:
+    """Colours of the segments of a video: a thing keeps its own from frame to frame.
+
+    A thing is taken for the one of an earlier frame, of its category, that it overlaps most. One
+    that is not seen is remembered for some frames, and nothing else gets its colour meanwhile.
+    """
+
+    def __init__(self, metadata: Metadata, *, memory: int = 8, min_iou: float = 0.1) -> None:
+        """
+        Args:
+            metadata: see :func:`draw_panoptic`.
+            memory: for how many frames a thing that is not seen is remembered.
+            min_iou: of the masks of a thing in two frames.
+        """
+        self._metadata, self._memory, self._min_iou = metadata, memory, min_iou
+        self._things: list[_Thing] = []
+
+    def __call__(
+        self, panoptic_seg: torch.Tensor | np.ndarray, segments_info: Segments
+    ) -> dict[int, Color]:
+        """
+        Args:
+            panoptic_seg, segments_info: of the next frame, all frames being of one size.
+
+        Returns:
+            The colours of its segments, by id.
+        """
+        numbers = _numbers(panoptic_seg, segments_info)
+        known = self._recognized(numbers, segments_info)
+        lost = [thing for thing in self._things if thing not in known.values()]
+        colors = segment_colors(
+            segments_info,
+            self._metadata,
+            given={segments_info[k]["id"]: thing.color for k, thing in known.items()},
+            taken=[thing.color for thing in lost],
+        )
+        for thing in lost:
+            thing.unseen += 1
+        self._things = [thing for thing in lost if thing.unseen <= self._memory]
+        for k, segment in enumerate(segments_info, start=1):
+            own = (numbers == k).astype(np.uint8) if segment["isthing"] else None
+            if own is not None and own.any():
+                x, y, width, height = cv2.boundingRect(own)
+                box = slice(y, y + height), slice(x, x + width)
+                color = colors[segment["id"]]
+                self._things.append(_Thing(segment, color, box, own[box].astype(bool)))
+        return colors
+
+    def _recognized(self, numbers: np.ndarray, segments_info: Segments) -> dict[int, "_Thing"]:
+        """Things of earlier frames, by their places among the segments; best matches first."""
+        areas = np.bincount(numbers.ravel(), minlength=len(segments_info) + 1)
+        pairs = []
+        for place, thing in enumerate(self._things):
+            common = np.bincount(numbers[thing.box][thing.mask], minlength=len(areas))
+            ious = common / (areas + thing.mask.sum() - common)
+            for k, segment in enumerate(segments_info):
+                if ious[k + 1] >= self._min_iou and _same_category(thing.segment, segment):
+                    pairs.append((ious[k + 1], place, k))
+        known: dict[int, _Thing] = {}
+        used = set()
+        for _, place, k in sorted(pairs, reverse=True):
+            if k not in known and place not in used:
+                known[k] = self._things[place]
+                used.add(place)
+        return known
+
+
+@dataclass(eq=False)
+class _Thing:
+    """One of an earlier frame, as it was last seen."""
+
+    segment: Mapping[str, Any]
+    color: Color
+    box: tuple[slice, slice]
+    mask: np.ndarray  # (h, w) bool, within the box
+    unseen: int = 0
 
 
 @lru_cache
@@ -265,20 +391,23 @@ def place_labels(
         (height, width), area = sizes[k], areas[k]
         if not area or not height or height > numbers.shape[0] or width > numbers.shape[1]:
             continue
-        own = numbers == k + 1
-        x0, y0, w, h = cv2.boundingRect(own.astype(np.uint8))
+        x0, y0, w, h = cv2.boundingRect((numbers == k + 1).astype(np.uint8))
+        # All that is close enough for the label; coordinates are within it from here on.
+        top, left = max(0, y0 - 2 * height), max(0, x0 - 2 * width)
+        around = np.s_[top : y0 + h + 2 * height, left : x0 + w + 2 * width]
+        own, others, y0, x0 = numbers[around] == k + 1, things[around], y0 - top, x0 - left
         room, box = height * width, (height, width)
-        allowed = _sums(free, box) == room
+        allowed = _sums(free[around], box) == room
         inside = _sums(own, box)
         if are_things[k] and (inside.max() < room or area < 3 * room):
-            center, covered = (y0 + h / 2, x0 + w / 2), _sums(things, box)
+            center, covered = (y0 + h / 2, x0 + w / 2), _sums(others, box)
             near = np.zeros_like(allowed)
             near[max(0, y0 - 2 * height) : y0 + h + height, max(0, x0 - width) : x0 + w] = True
             allowed &= near
         else:
             distance = cv2.distanceTransform(np.pad(own, 1).astype(np.uint8), cv2.DIST_L2, 5)
             center = np.subtract(np.unravel_index(distance.argmax(), distance.shape), 1)
-            covered = room - inside + _sums(things & ~own, box)
+            covered = room - inside + _sums(others & ~own, box)
             allowed &= 2 * inside > room
         if not allowed.any():
             continue
@@ -286,6 +415,7 @@ def place_labels(
         away = np.hypot(y + height / 2 - center[0], x + width / 2 - center[1])
         cost = np.where(allowed, away + covered * (sum(numbers.shape) / room), np.inf)
         y, x = map(int, np.unravel_index(cost.argmin(), cost.shape))
+        y, x = top + y, left + x
         free[y : y + height, x : x + width] = False
         places[k] = y, x
     return places

@@ -7,15 +7,19 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data.catalog import Metadata
+from detectron2.structures import Boxes, Instances
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from panoptic_fpn_ext import UserError
 from panoptic_fpn_ext.visualization import (
     OPACITY,
     OUTLINE,
+    SteadyColors,
     agreeing_colors,
     draw_panoptic,
+    drawn_segments,
     place_labels,
     segment_colors,
 )
@@ -204,3 +208,111 @@ class TestColors:
             assert (found[a["id"]] == true[b["id"]]) == bool(matches)
         for stuff in SEGMENTS[2:]:
             assert found[stuff["id"]] == true[stuff["id"]]
+
+
+class TestSteadyColors:
+    """Squares of 12 pixels on 60x60, by their place and what they are: (y, x, id, category)."""
+
+    @staticmethod
+    def frame(*squares: tuple[int, int, int, int]) -> tuple[np.ndarray, list[dict]]:
+        ids = np.full((60, 60), 300)
+        for y, x, number, _ in squares:
+            ids[y : y + 12, x : x + 12] = number
+        things = [{"id": n, "isthing": True, "category_id": c} for *_, n, c in squares]
+        return ids, [SEGMENTS[2], *things]
+
+    def test_a_thing_that_moves_keeps_its_own(self) -> None:
+        """Two of a category move against each other, under ids that change."""
+        colors, seen = SteadyColors(METADATA), []
+        for k in range(16):
+            right, left = (10, 3 * k, 1 + k, 0), (30, 46 - 3 * k, 90 - k, 0)
+            found = colors(*self.frame(*((right, left) if k % 2 else (left, right))))
+            seen.append((found[1 + k], found[90 - k], found[300]))
+        assert len(set(seen)) == 1
+        assert len(set(seen[0])) == 3
+        assert seen[0][2] == tuple(METADATA.stuff_colors[1])
+
+    def test_one_that_passes_keeps_apart(self) -> None:
+        """A thing goes over another of its category; both keep what they had."""
+        colors, seen = SteadyColors(METADATA), set()
+        for k in range(12):
+            found = colors(*self.frame((22, 24, 1, 0), (19 + k % 2, 4 * k, 2, 0)))
+            seen.add((found[1], found[2]))
+        assert len(seen) == 1
+
+    @pytest.mark.parametrize(("frames", "is_known"), [(0, True), (8, True), (9, False)])
+    def test_one_that_is_missed_for_a_while(self, frames, is_known) -> None:
+        colors = SteadyColors(METADATA, memory=8)
+        old = colors(*self.frame((10, 10, 1, 0), (40, 40, 2, 0)))
+        for _ in range(frames):
+            between = colors(*self.frame((40, 10, 3, 0), (40, 40, 4, 0)))
+            assert between[4] == old[2]
+        new = colors(*self.frame((10, 10, 5, 0), (40, 40, 6, 0)))
+        assert new[6] == old[2]
+        if is_known:
+            assert new[5] == old[1]
+        if 0 < frames <= 8:
+            assert between[3] not in (old[1], old[2]), "its colour is kept for it"
+
+    def test_another_category_is_another_thing(self) -> None:
+        colors = SteadyColors(METADATA)
+        old, new = (colors(*self.frame((10, 10, 1, c)))[1] for c in (0, 1))
+        assert old == tuple(METADATA.thing_colors[0]) and new == tuple(METADATA.thing_colors[1])
+
+    def test_frames_without_things(self) -> None:
+        colors, empty = SteadyColors(METADATA), (np.zeros((60, 60), int), [])
+        assert colors(*empty) == {}
+        old = colors(*self.frame((10, 10, 1, 0)))
+        assert colors(*empty) == {}
+        assert colors(*self.frame((10, 12, 2, 0)))[2] == old[1]
+
+
+class TestDrawnSegments:
+    @staticmethod
+    def instances(*, masks: bool) -> Instances:
+        """Of 4x6 pixels: one of a low score covers the left half, one of a high score a corner."""
+        instances = Instances((4, 6))
+        instances.pred_boxes = Boxes(torch.tensor([[0.0, 0, 3, 4], [2, 0, 6, 2]]))
+        instances.scores, instances.pred_classes = torch.tensor([0.3, 0.8]), torch.tensor([1, 0])
+        if masks:
+            instances.pred_masks = torch.zeros(2, 4, 6, dtype=torch.bool)
+            instances.pred_masks[0, :, :3] = instances.pred_masks[1, :2, 2:] = True
+        return instances
+
+    @pytest.mark.parametrize("masks", [True, False])
+    @pytest.mark.parametrize("upon_classes", [True, False])
+    def test_instances_lie_by_score_upon_classes(self, masks, upon_classes) -> None:
+        output = {"instances": self.instances(masks=masks)}
+        classes = np.array([[0, 0, 0, 0, 0, 2]] * 4)
+        if upon_classes:
+            output["sem_seg"] = torch.nn.functional.one_hot(torch.tensor(classes), 3).movedim(2, 0)
+        ids, segments = drawn_segments(output)
+        what = {0: None} | {s["id"]: (s["isthing"], s["category_id"]) for s in segments}
+        expected = [
+            [
+                (True, 0)
+                if x >= 2 and y < 2
+                else (True, 1)
+                if x < 3
+                else (False, classes[y, x])
+                if upon_classes
+                else None
+                for x in range(6)
+            ]
+            for y in range(4)
+        ]
+        assert [[what[value] for value in row] for row in ids.tolist()] == expected
+        assert {s["category_id"]: round(s["score"], 2) for s in segments if s["isthing"]} == {
+            1: 0.3,
+            0: 0.8,
+        }
+
+    def test_a_panoptic_map_is_taken_as_it_is(self) -> None:
+        given = torch.tensor([[7, 2]]), SEGMENTS
+        output = {"panoptic_seg": given, "instances": self.instances(masks=True)}
+        ids, segments = drawn_segments(output)
+        assert ids.tolist() == [[7, 2]] and segments == SEGMENTS
+
+    def test_nothing_to_draw(self) -> None:
+        with pytest.raises(UserError, match="gives no panoptic_seg, sem_seg or instances"):
+            drawn_segments({"proposals": []})

@@ -12,13 +12,11 @@ Exit status: 0 the picture is written, 2 it is not, because of a mistake.
 
 import argparse
 import math
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +25,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from panoptic_fpn_ext import UserError
+from panoptic_fpn_ext.command_line import Parser, whole_file
 from panoptic_fpn_ext.data import PanopticFPNMapper
 from panoptic_fpn_ext.engine import setup_prediction, trained_model
 from panoptic_fpn_ext.evaluation.pictures import GAP, pictures
@@ -51,13 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     print(f"{number} image{'s' if number > 1 else ''}, drawn to {args.output}")
     return 0
-
-
-class Parser(argparse.ArgumentParser):
-    """One that says in one line what is wrong."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -116,28 +108,6 @@ def between(lowest: int, highest: int) -> Callable[[str], int]:
         return int(text)
 
     return number
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A file to write to, which takes the place of ``path`` once it is whole.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    unfinished = path.with_name(f".{path.stem}.unfinished{path.suffix}")
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(None, "is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.touch()
-    except OSError as error:
-        raise UserError(f"--output {error.filename or path}: {error.strerror}") from error
-    try:
-        yield unfinished
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def draw(args: argparse.Namespace, file: Path) -> int:

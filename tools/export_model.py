@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from detectron2.data import transforms as T
 from tqdm import tqdm
 
 from panoptic_fpn_ext import UserError
+from panoptic_fpn_ext.command_line import Parser
 from panoptic_fpn_ext.data.mapper import read_image
 from panoptic_fpn_ext.engine import setup_trained, trained_model
 from panoptic_fpn_ext.evaluation import PanopticQualityEvaluator
@@ -55,13 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"export_model.py: error: {error}", file=sys.stderr)
         return 2
-
-
-class Parser(argparse.ArgumentParser):
-    """One that says in one line what is wrong."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
