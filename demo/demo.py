@@ -31,13 +31,13 @@ from tqdm import tqdm
 
 from panoptic_fpn_ext.command_line import Parser, whole_file
 from panoptic_fpn_ext.config import MERGING_ARCHITECTURES
+from panoptic_fpn_ext.data.image_files import SUFFIXES as IMAGES
 from panoptic_fpn_ext.data.image_files import read_image
 from panoptic_fpn_ext.data.video_files import READ, WRITTEN, VideoReader, VideoWriter
 from panoptic_fpn_ext.engine import setup_trained
 from panoptic_fpn_ext.overlap import overlapped
 from panoptic_fpn_ext.visualization import Color, SteadyColors, draw_panoptic, drawn_segments
 
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
 THRESHOLDS = (
     "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
     "MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH",

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from panoptic_fpn_ext import UserError
 from panoptic_fpn_ext.command_line import Parser
-from panoptic_fpn_ext.data.mapper import read_image
+from panoptic_fpn_ext.data.image_files import SUFFIXES, read_image
 from panoptic_fpn_ext.engine import setup_trained, trained_model
 from panoptic_fpn_ext.evaluation import PanopticQualityEvaluator
 from panoptic_fpn_ext.export import OnnxModel, export_onnx
@@ -44,7 +44,6 @@ from panoptic_fpn_ext.export.torchscript import TorchScriptModel, export_torchsc
 CALIBRATION = 50  # images of --int8 that are used
 MIN_CATEGORIES = 0.97  # share of pixels, with --int8
 FILES = {"onnx": "model.onnx", "torchscript": "model.ts"}
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 NOISE = ((1, 97), (8, 8), (90, 400), (480, 640), (130, 1))
 OF_DATASET = 5  # images, without --check
 
@@ -138,9 +137,9 @@ def images_of(name: str, option: str) -> list[str]:
         return [name]
     if not path.is_dir():
         raise UserError(f"{option} {name}: no such file or folder")
-    files = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
     if not files:
-        raise UserError(f"{option} {name}: no images in it ({', '.join(IMAGE_SUFFIXES)})")
+        raise UserError(f"{option} {name}: no images in it ({', '.join(SUFFIXES)})")
     return files
 
 

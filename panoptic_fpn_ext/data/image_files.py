@@ -18,6 +18,9 @@ from PIL import Image, UnidentifiedImageError
 
 from ..errors import UserError
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
+"""Of the files of a folder that are taken for images; all that Pillow knows can be read."""
+
 WIDE_MODES = ("I", "F")
 """Pillow's modes of 16 and 32 bits and of floating point, which it would cut off at 255."""
 
