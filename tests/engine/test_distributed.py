@@ -109,8 +109,25 @@ def evaluate_statistics(folder: Path) -> None:
         assert torch.equal(buffer, first)
 
 
-def test_all_processes_evaluate_the_model_that_is_saved(shapes, tmp_path):
-    launch(evaluate_statistics, 2, args=(tmp_path,), device="cpu")
+def stop_early(folder: Path) -> None:
+    """Only the first process has scores; all stop in the same iteration."""
+    keys = "TEST.EVAL_PERIOD", 1, "TEST.BEST_METRIC", "panoptic_seg/PQ", "TEST.PATIENCE", 2
+    trainer = Trainer(config(folder, "SOLVER.MAX_ITER", 9, *keys))
+    found = {"panoptic_seg": {"PQ": 50.0}} if comm.is_main_process() else {}
+    trainer.test = lambda cfg, model: found
+    trainer.train()
+    assert comm.all_gather(trainer.iter) == [2, 2]
+
+
+def evaluate_and_stop(folder: Path) -> None:
+    evaluate_statistics(folder / "evaluated")
+    stop_early(folder / "stopped")
+
+
+def test_all_processes_evaluate_the_model_that_is_saved_and_stop_together(shapes, tmp_path):
+    launch(evaluate_and_stop, 2, args=(tmp_path,), device="cpu")
+    assert (tmp_path / "stopped/last_checkpoint").read_text() == "model_final.pth"
+    assert (tmp_path / "stopped/model_best.pth").exists()
 
 
 @pytest.mark.parametrize("processes", [4])
