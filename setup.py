@@ -57,5 +57,5 @@ setup(
         "torchvision>=0.19",
         "tqdm>=4.60",
     ],
-    extras_require={"export": ["onnx>=1.15", "onnxruntime>=1.17"]},
+    extras_require={"export": ["onnx>=1.15", "onnxruntime>=1.14"]},
 )

@@ -67,8 +67,7 @@ measure() {  # NAME SECONDS ARGUMENTS...
 
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     device=cuda coco=coco cityscapes=cityscapes rounds=10 slower=1
-    precisions="fp32 tf32 fp16" select=(-m gpu)
-    "$python" -c 'import xdist' 2>/dev/null && select+=(-n 8)
+    precisions="fp32 tf32 fp16" select=(-m gpu -n 8)
 else
     device=cpu coco=192x256 cityscapes=256x512 rounds=1 slower=4
     precisions="fp32 bf16" select=(tests/layers tests/modeling/test_merging.py)

@@ -68,7 +68,16 @@ def tests_of(module: Path) -> list[str]:
 
 
 def survives(copy: Path, module: Path) -> bool:
-    command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", *tests_of(module)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-qx",
+        "-n0",
+        "-p",
+        "no:cacheprovider",
+        *tests_of(module),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(copy)}
     try:
         run = subprocess.run(

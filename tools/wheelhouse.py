@@ -30,7 +30,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-WANTED = ("panoptic_fpn_ext", "detectron2", "pytest", "hypothesis")
+WANTED = ("panoptic_fpn_ext", "detectron2", "pytest", "pytest-xdist", "hypothesis")
 BUILT_HERE = ("panoptic-fpn-ext", "detectron2")
 
 # Images with PyTorch have OpenCV nearly always, and its wheel alone is larger than all others.
