@@ -26,6 +26,36 @@ def test_all_come_in_order(number) -> None:
     assert found == [(k, k * k) for k in range(number)]
 
 
+def test_one_is_finished_after_the_other() -> None:
+    """As frames of a video have to be."""
+    said: list[tuple[str, int]] = []
+
+    def finish(k: int, _: int) -> None:
+        said.append(("begins", k))
+        time.sleep(0.01 if k % 2 == 0 else 0)
+        said.append(("ends", k))
+
+    list(overlapped(numbers([], 8), lambda k: k, finish))
+    assert said == [(what, k) for k in range(8) for what in ("begins", "ends")]
+
+
+def test_what_waits_is_left_out_after_an_error() -> None:
+    finished: list[int] = []
+
+    def predict(k: int) -> int:
+        if k == AHEAD:
+            raise KeyboardInterrupt
+        return k
+
+    def finish(k: int, _: int) -> None:
+        time.sleep(0.1)
+        finished.append(k)
+
+    with pytest.raises(KeyboardInterrupt):
+        list(overlapped(numbers([], 100), predict, finish))
+    assert len(finished) < AHEAD
+
+
 def test_the_three_run_at_once() -> None:
     together = threading.Barrier(3, timeout=10)
 

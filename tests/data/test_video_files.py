@@ -83,7 +83,8 @@ def test_what_is_no_video_is_named(frames, tmp_path, content) -> None:
         content = content[: len(content) // 2]
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(UserError, match=r"a\.mp4: "):
+    expected = "missing" if content is None else "damaged, or no video"
+    with pytest.raises(UserError, match=rf"a\.mp4: .*{expected}"):
         VideoReader(file)
 
 
@@ -109,3 +110,62 @@ def test_one_that_is_not_whole_on_the_disk(frames, tmp_path) -> None:
         for frame in frames:
             writer.write(frame)
         (tmp_path / "a.mp4").unlink()
+
+
+def test_the_error_within_is_the_one_that_is_raised(frames, tmp_path) -> None:
+    with pytest.raises(ZeroDivisionError), VideoWriter(tmp_path / "a.mp4", rate=10) as writer:
+        writer.write(frames[0])
+        (tmp_path / "a.mp4").unlink()
+        raise ZeroDivisionError
+
+
+class Capture:
+    """In place of OpenCV's: frames of 10 a second, of which it promises more or fewer."""
+
+    def __init__(self, frames: Sequence[np.ndarray], promised: float, rate: float = 10) -> None:
+        self._frames = iter(frames)
+        self._known = {cv2.CAP_PROP_FPS: rate, cv2.CAP_PROP_FRAME_COUNT: promised}
+        self.get = self._known.get
+        self.isOpened, self.release = lambda: True, lambda: None
+
+    def read(self) -> tuple[bool, np.ndarray | None]:
+        frame = next(self._frames, None)
+        return frame is not None, frame
+
+
+@pytest.fixture
+def captured(monkeypatch, tmp_path):
+    """From a capture to a reader of it."""
+
+    def captured(capture: Capture, source: Path | int = tmp_path) -> VideoReader:
+        monkeypatch.setattr(cv2, "VideoCapture", lambda _: capture)
+        return VideoReader(source)
+
+    return captured
+
+
+@pytest.mark.parametrize("promised", [-1, 0, 3, 20, 25])
+def test_half_a_second_may_be_missing(captured, frames, promised) -> None:
+    reader = captured(Capture(frames, promised))
+    assert len(list(reader)) == 20
+    assert reader.num_frames == (promised if promised > 0 else None)
+
+
+def test_more_may_not(captured, frames) -> None:
+    with pytest.raises(UserError, match="20 of its 26 frames"):
+        list(captured(Capture(frames, 26)))
+
+
+def test_a_camera_promises_nothing(captured, frames) -> None:
+    reader = captured(Capture(frames, 100, rate=0), 0)
+    assert reader.num_frames is None and reader.rate == 25
+    assert len(list(reader)) == 20
+
+
+def test_a_frame_of_another_size_ends_it(captured, frames) -> None:
+    read = []
+    reader = captured(Capture([*frames[:3], np.zeros((16, 24, 3), np.uint8)], 4))
+    with pytest.raises(UserError, match="ends early: frame 4 has 24x16, but the first 48x32"):
+        for frame in reader:
+            read.append(frame)
+    assert len(read) == 3
