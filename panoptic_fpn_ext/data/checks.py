@@ -304,4 +304,4 @@ def _identity(item: Any) -> Any:
 
 
 def _one_thread(worker: int) -> None:
-    cv2.setNumThreads(1)
+    cv2.setNumThreads(0)  # 1 would wait for threads that only the process before the fork has

@@ -1,5 +1,6 @@
 """Checks of a whole dataset: planted faults are found, and nothing else."""
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -96,6 +97,15 @@ def test_a_sound_dataset_has_none(shapes):
     )
     assert report.faults == []
     assert report.statistics.images == 6
+
+
+def test_workers_begin_where_opencv_has_computed_in_threads(tmp_path):
+    """Which a forked process does not have."""
+    picture = np.zeros((2000, 2000, 3), np.uint8)
+    for _ in range(3):
+        cv2.GaussianBlur(picture, (9, 9), 2)
+    data = TinyDataset(tmp_path)
+    assert check_panoptic_dataset(**data.paths(), workers=1).faults == []
 
 
 def test_segments_without_an_id_are_faults_of_the_json_only(tmp_path):
