@@ -81,6 +81,7 @@ def export_onnx(
                 **_OLDER_EXPORTER,
             )
         content = onnx.load(str(partial))
+        _name_once(content.graph)
         _make_optional(onnx, content, defaults)
         content.ir_version = IR_VERSION
         content.producer_name = "panoptic_fpn_ext"
@@ -128,6 +129,30 @@ def _dynamic_axes(output_names: Sequence[str]) -> dict[str, dict[int, str]]:
         default = ("segments",) if name.startswith("segment_") else ("instances",)
         axes[name] = dict(enumerate(_AXES.get(name, default)))
     return axes
+
+
+def _name_once(graph: Any) -> None:
+    """Where weights of one value have several names, Identity nodes, let all nodes use the first:
+    quantizers look for weights behind no node."""
+    weights = {weight.name for weight in graph.initializer}
+    first = {
+        node.output[0]: node.input[0]
+        for node in graph.node
+        if node.op_type == "Identity" and node.input[0] in weights
+    }
+    nodes = [node for node in graph.node if not set(node.output) & first.keys()]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    _rename_inputs(graph, first)
+
+
+def _rename_inputs(graph: Any, names: Mapping[str, str]) -> None:
+    for node in graph.node:
+        for k, name in enumerate(node.input):
+            node.input[k] = names.get(name, name)
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                _rename_inputs(attribute.g, names)
 
 
 def _make_optional(onnx: ModuleType, model: Any, defaults: Mapping[str, torch.Tensor]) -> None:
