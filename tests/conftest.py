@@ -19,6 +19,7 @@ if not any(Path("/dev").glob("nvidia[0-9]*")):
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
+import setuptools  # noqa: F401  (before anything imports Python's distutils, which it replaces)
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.structures import BitMasks, Boxes, Instances

@@ -27,10 +27,12 @@ def lines_of(metadata: Metadata) -> list[str]:
 
 def label_space_of(metadata: Metadata) -> str:
     """``"separated"`` or ``"full"``, see ``register_panoptic_dataset``."""
-    of_things = set(thing_sem_seg_ids(metadata).values())
-    semantic = metadata.stuff_dataset_id_to_contiguous_id
-    known = {semantic[k] for k in metadata.thing_dataset_id_to_contiguous_id if k in semantic}
-    return "full" if of_things <= known else "separated"
+    # By name: where a thing has id 0, that is also the id of Detectron2's class of all things.
+    of_things = thing_sem_seg_ids(metadata)
+    names = [metadata.stuff_classes[of_things[k]] for k in sorted(of_things)]
+    return (
+        "full" if names == [metadata.thing_classes[k] for k in sorted(of_things)] else "separated"
+    )
 
 
 def categories_of(lines: Iterable[str]) -> list[dict[str, Any]]:

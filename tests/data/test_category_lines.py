@@ -3,7 +3,7 @@
 import hypothesis.strategies as st
 import pytest
 from detectron2.data.catalog import Metadata
-from hypothesis import given
+from hypothesis import example, given
 
 from panoptic_fpn_ext import UserError
 from panoptic_fpn_ext.data.category_lines import (
@@ -35,6 +35,8 @@ def metadata_of(listed, space="separated") -> Metadata:
 
 
 @given(categories, st.sampled_from(["separated", "full"]))
+@example([{"id": k, "name": str(k), "isthing": 1, "color": [0, 0, k]} for k in (0, 1)], "separated")
+@example([{"id": 0, "name": "0", "isthing": 1, "color": [0, 0, 0]}], "separated")
 def test_lines_give_the_same_metadata(listed, space):
     metadata = metadata_of(listed, space)
     again = metadata_of(categories_of(lines_of(metadata)), label_space_of(metadata))
