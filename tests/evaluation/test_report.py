@@ -145,6 +145,7 @@ def test_in_a_browser(report, browser):
     pixels, press, wait = (partial(f, browser) for f in (drawn, pressed, wait_for))
     browser.get(report.as_uri())
     wait("document.body.dataset.shown")
+    assert browser.execute_script("return scrollY") == 0  # it opens at its top
 
     # Tables sort, by numbers as numbers, from the keyboard, too.
     button = browser.find_element(By.XPATH, "//thead//button[text()='PQ']")

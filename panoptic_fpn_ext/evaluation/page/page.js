@@ -101,7 +101,9 @@
     state.image = image;
     state.maps = Object.fromEntries(Object.keys(picture.maps).map((map, k) => [map, maps[k]]));
     [...thumbs.children].forEach((img, k) => img.setAttribute("aria-selected", k === state.place));
-    thumbs.children[state.place].scrollIntoView({ block: "nearest", inline: "nearest" });
+    // Not scrollIntoView, which would scroll the page, too, as soon as it is opened.
+    const [thumb, strip] = [thumbs.children[state.place], thumbs].map((e) => e.getBoundingClientRect());
+    thumbs.scrollLeft += thumb.left - strip.left - (strip.width - thumb.width) / 2;
     element("caption").textContent = `${picture.caption} · ${state.place + 1} of ${groups[state.group].images.length}`;
     draw();
     document.body.dataset.shown = wanted;
