@@ -59,7 +59,7 @@ def report(page: Path, picture: Path) -> None:
     if not browser:
         print(f"no chromium: {picture.name} stays as it is (apt-get install chromium)")
         return
-    flags = "headless", "no-sandbox", "disable-gpu", "hide-scrollbars", "window-size=1000,1240"
+    flags = "headless", "no-sandbox", "disable-gpu", "hide-scrollbars", "window-size=1000,1560"
     command = [browser, *(f"--{flag}" for flag in flags), "--virtual-time-budget=3000"]
     subprocess.run(
         [*command, f"--screenshot={picture}", page.as_uri()],
