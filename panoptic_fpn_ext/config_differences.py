@@ -103,11 +103,11 @@ def grouped_differences(cfg: CfgNode) -> list[Differences]:
     return [group for group in groups if group.rows]
 
 
-def flat(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
+def flat(cfg: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The values of a config by their keys in full: ``MODEL.WEIGHTS`` and the like."""
     result: dict[str, Any] = {}
     for key, value in cfg.items():
-        if isinstance(value, CfgNode):
+        if isinstance(value, Mapping):
             result |= flat(value, f"{prefix}{key}.")
         else:
             result[prefix + key] = value

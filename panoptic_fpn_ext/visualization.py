@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .errors import UserError
 from .evaluation.panoptic_maps import joint_counts
+from .layers.argmax import argmax_classes
 
 Color = tuple[int, int, int]
 Segments = Sequence[Mapping[str, Any]]
@@ -95,29 +96,61 @@ def drawn_segments(output: Mapping[str, Any]) -> tuple[np.ndarray, list[dict[str
         return ids.cpu().numpy(), segments
     if not {"sem_seg", "instances"} & output.keys():
         raise UserError("the network gives no panoptic_seg, sem_seg or instances to draw")
-    segments: list[dict[str, Any]] = []
     if "sem_seg" in output:
-        ids = output["sem_seg"].argmax(0).cpu().numpy().astype(np.int32) + 1
-        for number in np.unique(ids).tolist():
-            segments.append({"id": number, "isthing": False, "category_id": number - 1})
+        ids, segments = semantic_map(output["sem_seg"])
     else:
-        ids = np.zeros(output["instances"].image_size, np.int32)
+        ids, segments = np.zeros(output["instances"].image_size, np.int32), []
     if "instances" in output:
-        instances = output["instances"].to("cpu")
-        first = int(ids.max()) + 1
-        for k in instances.scores.argsort().tolist():
-            ids[_mask(instances, k)] = first + k
-            category, score = int(instances.pred_classes[k]), float(instances.scores[k])
-            segments.append(
-                {"id": first + k, "isthing": True, "category_id": category, "score": score}
-            )
+        upper, things = instance_map(output["instances"])
+        last = int(ids.max())
+        ids = np.where(upper > 0, last + upper, ids)
+        segments += [{**thing, "id": last + thing["id"]} for thing in things]
     return ids, segments
+
+
+def semantic_map(logits: torch.Tensor) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """Semantic classes as segments.
+
+    Args:
+        logits: ``sem_seg``, (C, H, W).
+
+    Returns:
+        (H, W) integers, segment ids from 1, and the segments.
+    """
+    ids = argmax_classes(logits).cpu().numpy().astype(np.int32) + 1
+    return ids, [
+        {"id": number, "isthing": False, "category_id": number - 1}
+        for number in np.unique(ids).tolist()
+    ]
+
+
+def instance_map(
+    instances: Instances, score_threshold: float = 0.0
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """Instances as segments; where they overlap, that of the higher score is seen.
+
+    Args:
+        instances: of one image (H, W); without ``pred_masks`` their boxes are taken.
+        score_threshold: those of lower scores are left out.
+
+    Returns:
+        (H, W) integers, segment ids from 1, 0 where there is none, and the segments.
+    """
+    instances = instances[instances.scores >= score_threshold].to("cpu")
+    ids = np.zeros(instances.image_size, np.int32)
+    for k in reversed(instances.scores.argsort(descending=True, stable=True).tolist()):
+        ids[_mask(instances, k)] = k + 1
+    known = zip(instances.pred_classes.tolist(), instances.scores.tolist(), strict=True)
+    return ids, [
+        {"id": k, "isthing": True, "category_id": category, "score": score}
+        for k, (category, score) in enumerate(known, start=1)
+    ]
 
 
 def _mask(instances: Instances, k: int) -> Any:
     """Where one is: its mask, or, of a network without masks, its box."""
     if instances.has("pred_masks"):
-        return instances.pred_masks[k].numpy()
+        return instances.pred_masks[k].bool().numpy()
     x0, y0, x1, y1 = instances.pred_boxes.tensor[k].round().int().tolist()
     return np.s_[y0:y1, x0:x1]
 

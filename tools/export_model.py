@@ -167,9 +167,8 @@ def agrees(
 
     Args:
         images: see :func:`images_to_check` and :func:`noise`.
-        wanted: share of pixels of equal category in all images but noise; with 1.0 each image
-            must agree, see
-            :class:`~panoptic_fpn_ext.export.agreement.Agreement`.
+        is_exact: each image must agree, see :class:`~panoptic_fpn_ext.export.agreement.Agreement`;
+            else categories must, in the mean of all images but noise.
         dataset: that of the images, to print PQ of both.
     """
     resize = T.ResizeShortestEdge(

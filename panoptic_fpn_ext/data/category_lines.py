@@ -29,10 +29,9 @@ def label_space_of(metadata: Metadata) -> str:
     """``"separated"`` or ``"full"``, see ``register_panoptic_dataset``."""
     # By name: where a thing has id 0, that is also the id of Detectron2's class of all things.
     of_things = thing_sem_seg_ids(metadata)
-    names = [metadata.stuff_classes[of_things[k]] for k in sorted(of_things)]
-    return (
-        "full" if names == [metadata.thing_classes[k] for k in sorted(of_things)] else "separated"
-    )
+    names = [metadata.stuff_classes[k] for k in of_things.values()]
+    is_full = names == [metadata.thing_classes[k] for k in of_things]
+    return "full" if is_full else "separated"
 
 
 def categories_of(lines: Iterable[str]) -> list[dict[str, Any]]:

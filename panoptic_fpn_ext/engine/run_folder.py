@@ -17,11 +17,12 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
 from ..errors import UserError
+from .failed_batch import FILE as FAILED_BATCH
 from .tracking import RUN_FILE
 
 LOGGERS = ("fvcore", "detectron2", "panoptic_fpn_ext")
 CHECKPOINTS = ("last_checkpoint", "model_*.pth")
-METRICS = ("metrics.json", "events.out.tfevents.*", "failed_batch.pth", RUN_FILE)
+METRICS = ("metrics.json", "events.out.tfevents.*", FAILED_BATCH, RUN_FILE)
 
 logger = logging.getLogger(__name__)
 

@@ -25,6 +25,7 @@ import yaml
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventWriter, get_event_storage
 
+from ..config_differences import flat
 from ..errors import UserError
 from .interruption import Interrupted
 
@@ -235,7 +236,7 @@ class MLflowWriter(TrackingWriter):
         run_id = self._client.create_run(number, run_name=self._name).info.run_id
         param = self._module.entities.Param
         # 500 characters is what all versions take.
-        params = [param(key, str(value)[:500]) for key, value in _flat(self._config)]
+        params = [param(key, str(value)[:500]) for key, value in flat(self._config).items()]
         for k in range(0, len(params), self.AT_ONCE):
             self._client.log_batch(run_id, params=params[k : k + self.AT_ONCE])
         return run_id
@@ -303,14 +304,6 @@ def _as_bytes(picture: np.ndarray | torch.Tensor) -> np.ndarray:
     if array.dtype != np.uint8:
         array = (255 * array.clip(0, 1)).round().astype(np.uint8)
     return array.transpose(1, 2, 0)
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _name(name: str, *, ascii_only: bool = False) -> str:

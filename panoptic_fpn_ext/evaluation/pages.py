@@ -41,7 +41,7 @@ def write_page(
     Args:
         path: the file.
         template: its name in the folder ``page``.
-        pictures: of :func:`~.pictures.picture`.
+        pictures: of :func:`~.page_pictures.picture`.
         groups: what to show together: ``title``, and ``images``, places in ``pictures``.
         legend: kinds of colours of segments, and what to call them.
         values: what else the template names.

@@ -10,15 +10,19 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import Metadata, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.structures import Instances
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
 
 from ..data.image_files import read_image
 from ..data.label_space import thing_sem_seg_ids, with_isthing
 from ..data.panoptic_png import read_panoptic_png
-from ..layers.argmax import argmax_classes
-from ..visualization import Segments, agreeing_colors, draw_panoptic
+from ..visualization import (
+    Segments,
+    agreeing_colors,
+    draw_panoptic,
+    instance_map,
+    semantic_map,
+)
 from .common import check_size
 from .sem_seg_iou import read_labels
 
@@ -102,10 +106,9 @@ def predicted_maps(output: Mapping[str, Any], score_threshold: float) -> list[Pa
         return [output["panoptic_seg"]]
     maps = []
     if "sem_seg" in output:
-        labels = argmax_classes(output["sem_seg"]).cpu().numpy()
-        maps.append((labels, _stuff(np.unique(labels).tolist())))
+        maps.append(semantic_map(output["sem_seg"]))
     if "instances" in output and output["instances"].has("pred_masks"):
-        maps.append(_map_of_instances(output["instances"], score_threshold))
+        maps.append(instance_map(output["instances"], score_threshold))
     return maps
 
 
@@ -155,31 +158,14 @@ def _true_map(
         source = record["sem_seg_file_name"]
         ids = read_labels(source)
         ignored = metadata.get("ignore_label", 255)
-        segments = _stuff(label for label in np.unique(ids).tolist() if label != ignored)
+        segments = [
+            {"id": label, "isthing": False, "category_id": label}
+            for label in np.unique(ids).tolist()
+            if label != ignored
+        ]
     else:
         return None
     check_size(record["file_name"], size, source, ids.shape)
-    return ids, segments
-
-
-def _stuff(labels: Any) -> list[dict[str, Any]]:
-    """Semantic classes as segments."""
-    return [{"id": label, "category_id": label, "isthing": False} for label in labels]
-
-
-def _map_of_instances(instances: Instances, score_threshold: float) -> PanopticMap:
-    instances = instances[instances.scores >= score_threshold]
-    order = instances.scores.argsort(descending=True, stable=True).tolist()
-    masks = instances.pred_masks.bool().cpu().numpy()
-    ids = np.zeros(masks.shape[1:], np.int32)
-    for k in reversed(order):
-        ids[masks[k]] = k + 1
-    segments = [
-        {"id": k + 1, "category_id": category, "isthing": True, "score": score}
-        for k, (category, score) in enumerate(
-            zip(instances.pred_classes.tolist(), instances.scores.tolist(), strict=True)
-        )
-    ]
     return ids, segments
 
 
