@@ -1,5 +1,6 @@
 """What all evaluators do alike: images come one by one, in one process or several."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -15,7 +16,7 @@ Scores = dict[str, dict[str, float]]
 """Task, such as ``"sem_seg"``, to metric to value."""
 
 
-class ImageEvaluator(DatasetEvaluator, Generic[ImageResult]):
+class ImageEvaluator(DatasetEvaluator, ABC, Generic[ImageResult]):
     """Keeps a result of each image, and makes scores of the results of all images.
 
     An image that comes twice, in one process or in two, counts once. Subclasses say which output
@@ -50,6 +51,7 @@ class ImageEvaluator(DatasetEvaluator, Generic[ImageResult]):
         """The constructor's arguments for a dataset, without ``distributed``."""
         raise NotImplementedError
 
+    @abstractmethod
     def evaluate_image(
         self, record: Mapping[str, Any], prediction: Any, source: str
     ) -> ImageResult:
@@ -60,12 +62,11 @@ class ImageEvaluator(DatasetEvaluator, Generic[ImageResult]):
             prediction: what :meth:`read` returns, by default the model's output ``output_key``.
             source: what to call the prediction in errors.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def summarize(self, images: Mapping[tuple[Hashable, str], ImageResult]) -> Scores | None:
         """The scores of all images, by ``image_id`` (None where there is none) and file name, in
         the order of these."""
-        raise NotImplementedError
 
     def intervals(self) -> dict[str, dict[str, tuple[float, float]]]:
         """Where the scores of other images of that kind would lie: 95 % intervals (low, high), by
