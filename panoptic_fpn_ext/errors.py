@@ -16,4 +16,4 @@ class UserError(ValueError):
         """
         if "Traceback (most recent call last)" in message:
             _, _, message = message.strip().splitlines()[-1].partition("UserError: ")
-        super().__init__(message)
+        super().__init__(" ".join(message.splitlines()))

@@ -66,7 +66,9 @@ class StopOnSignal(HookBase):
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         if self._received != signum:
             self._received, self._received_at = signum, time.monotonic()
-            logger.warning("%s: stopping after this iteration", signal.Signals(signum).name)
+            message = f"{signal.Signals(signum).name}: stopping after this iteration"
+            # In another thread: this one may be within a call that writes a line of the log.
+            threading.Thread(target=logger.warning, args=(message,)).start()
         elif time.monotonic() - self._received_at > ECHO:
             signal.signal(signum, self._handlers.pop(signum))
             signal.raise_signal(signum)

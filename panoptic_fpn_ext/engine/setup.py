@@ -7,6 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 import yaml
@@ -142,7 +143,8 @@ def _read(config_file: str, opts: list[str]) -> CfgNode:
     # By default Detectron2 runs what a config says in Python tags.
     _merge(cfg, config_file, lambda: cfg.merge_from_file(config_file, allow_unsafe=False))
     in_file = cfg.clone()
-    _merge(cfg, "the command line", lambda: cfg.merge_from_list(opts))
+    for k in range(0, len(opts), 2):
+        _merge(cfg, "the command line", partial(cfg.merge_from_list, opts[k : k + 2]))
     note_origin(cfg, config_file, in_file, opts[::2])
     architecture, weights = cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.WEIGHTS
     if architecture not in META_ARCH_REGISTRY:
@@ -235,7 +237,12 @@ def _choose_device(cfg: CfgNode, options: list[str]) -> None:
 
 
 def _merge(cfg: CfgNode, source: str, merge) -> None:
-    """Call ``merge``; what it cannot take becomes one line that names ``source``."""
+    """Call ``merge``; what it cannot take becomes one line that names ``source``.
+
+    Nor can a key that is something become None, but NORM, which Detectron2's layers take so: yacs
+    would take any value after that.
+    """
+    before = flat(cfg)
     try:
         merge()
     except (KeyError, AssertionError, ValueError, TypeError, OSError, yaml.YAMLError) as error:
@@ -251,6 +258,9 @@ def _merge(cfg: CfgNode, source: str, merge) -> None:
             if "<class 'tuple'>" in str(error):
                 hint = '; in YAML a list, or with a comma even for one: ("shapes_train",)'
         raise UserError(f"{source}: {message}{hint}") from error
+    for key, value in flat(cfg).items():
+        if value is None and before.get(key) is not None and not key.endswith("NORM"):
+            raise UserError(f"{source}: {key} is None, expected something like {before[key]!r}")
 
 
 def _check_datasets(names: Iterable[str], key: str) -> None:

@@ -1,7 +1,7 @@
 """Any value for any key: a config that can be run, or one line."""
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from panoptic_fpn_ext import UserError
@@ -33,6 +33,12 @@ VALUES = st.sampled_from(
 @settings(
     max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+@example([("MODEL.WEIGHTS", "'a\nb'")])
+@example([("MODEL.DEVICE", "None")])
+@example([("MODEL.FPN.OUT_CHANNELS", "None"), ("MODEL.FPN.OUT_CHANNELS", "")])
+@example([("MODEL.META_ARCHITECTURE", "None")])
+@example([("MODEL.SEM_SEG_HEAD.CONVS_DIM", "None")])
+@example([("MODEL.PANOPTIC_FPN.OUTPUTS", "None")])
 @given(st.lists(st.tuples(st.sampled_from(OURS), VALUES), min_size=1, max_size=2))
 def test_any_value_for_any_key(shapes, tmp_path, pairs):
     options = [word for pair in pairs for word in pair]
